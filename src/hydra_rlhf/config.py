@@ -1,26 +1,27 @@
 """Every setting, once. The docstring under a field is its `--help` text; stages read `config.x` where they use it.
 
-A recipe is one YAML file that fills a `Recipe`; `load_recipe` reads it and names what is wrong. Imports no torch.
+A recipe is one YAML file that fills a `Recipe`; `recipes.py` reads it and names what is wrong. Imports no torch.
 """
 
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from hydra_rlhf.errors import ConfigError
+from hydra_rlhf.config_checks import (
+    STRICT,
+    Betas,
+    Count,
+    Fraction,
+    NonNegative,
+    PositiveFloat,
+    PositiveInt,
+    check_ppo,
+)
 
 Method = Literal["ppo", "lora-ppo", "d-lora-ppo", "j-hydra-ppo", "hydra-ppo"]
 Dtype = Literal["float32", "bfloat16"]
-Count = Annotated[int, Field(ge=0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
-
-STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -263,28 +264,7 @@ class PPOConfig:
     """Rollout samples written to samples.jsonl each step."""
 
     def __post_init__(self) -> None:
-        num_sequences = self.rollout_batch_size * self.samples_per_prompt
-        if num_sequences % self.minibatch_size:
-            at_most = min(self.minibatch_size, num_sequences)
-            suggestion = max(size for size in range(1, at_most + 1) if num_sequences % size == 0)
-            raise ConfigError(
-                f"ppo.minibatch_size={self.minibatch_size} does not divide ppo.rollout_batch_size * "
-                f"ppo.samples_per_prompt = {num_sequences}; try ppo.minibatch_size={suggestion}"
-            )
-        if self.kl_in == "loss" and self.kl_estimator == "k1":
-            raise ConfigError(
-                "ppo.kl_estimator=k1 with ppo.kl_in=loss does nothing: the gradient of E[log pi - log pi_ref] through the "
-                "sampled tokens is zero in expectation; use k2 or k3 there, or ppo.kl_in=reward"
-            )
-        if self.kl_estimator == "none" and self.kl_target is not None:
-            raise ConfigError(f"ppo.kl_target={self.kl_target} needs a KL term, but ppo.kl_estimator=none; remove one of them")
-        if self.sampling.min_response_tokens > self.sampling.max_response_tokens:
-            raise ConfigError(
-                f"ppo.sampling.min_response_tokens={self.sampling.min_response_tokens} is above "
-                f"ppo.sampling.max_response_tokens={self.sampling.max_response_tokens}; lower it"
-            )
-        if self.reward.reward_model_coef == 0 and self.reward.reward_fn is None:
-            raise ConfigError("ppo.reward.reward_model_coef=0 leaves no score at all; name a ppo.reward.reward_fn")
+        check_ppo(self)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

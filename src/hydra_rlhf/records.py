@@ -76,6 +76,20 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PPOTargets:
+    """What a rollout is learned from."""
+
+    rewards: Float[Tensor, "b r"]
+    """Score at the last counted token, per-token rewards, minus the KL where it belongs to the reward."""
+    advantages: Float[Tensor, "b r"]
+    """Standardised once over all counted tokens of the rollout; 0 where masked."""
+    returns: Float[Tensor, "b r"]
+    """The critic's target."""
+    kl_coef: float
+    """Weight of a KL term in the loss; 0 where the KL is in the rewards, or nowhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossOutput:
     """What every loss returns: a scalar to differentiate and detached numbers to log.
 

@@ -84,6 +84,15 @@ STAGE1_OF_TRUNK: Mapping[str, str] = MappingProxyType(
 STAGE1_ORDER = ("sft", "reward_model", "hydra_sft")
 """The order in which stage-1 models are trained; the reward model starts from the SFT model."""
 
+STAGE1_TABLES: Mapping[str, RoleTable] = MappingProxyType(
+    {
+        "sft": MappingProxyType({"reference": D_LORA_PPO["reference"]}),
+        "reward_model": MappingProxyType({"reward": D_LORA_PPO["reward"]}),
+        "hydra_sft": MappingProxyType({name: HYDRA_PPO[name] for name in ("reference", "reward")}),
+    }
+)
+"""What each stage-1 model trains: the roles that stage 2 only reads, with LoRA off."""
+
 TRAINABLE_ROLES = ("actor", "critic")
 """Roles that learn in stage 2: their adapter where they have one, else their trunk. The others never change."""
 

@@ -1,0 +1,87 @@
+"""Before and after: actor and reference answer the same held-out prompts, both sampled, from one set of weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
+from hydra_rlhf.evaluation.statistics import pair_outcomes, win_rate, win_rate_interval
+from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.stages.held_out import GoldFunction, sample_and_score
+from hydra_rlhf.stages.rollout import RewardFunction, sequence_kl
+
+
+def compare_with_reference(
+    model: HydraModel,
+    chat: ChatFormat,
+    prompts: Sequence[TokenizedPrompt],
+    config: PPOConfig,
+    *,
+    seed: int,
+    reward_fn: RewardFunction | None,
+    gold: GoldFunction | None,
+    num_samples: int,
+    after_token: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(summary numbers, samples): win rates of the actor with intervals, scores, gold where there is one, KL, lengths.
+
+    Both sides draw from random streams of their own, one sample per prompt at the training temperature; ties count half.
+    """
+    actor, reference = (
+        sample_and_score(
+            model,
+            chat,
+            role,
+            prompts,
+            config,
+            stream=(seed, "evaluation", role),
+            reward_fn=reward_fn,
+            after_token=after_token,
+        )
+        for role in ("actor", "reference")
+    )
+    kl = sequence_kl(actor)
+    scores = {"actor": actor.scores.tolist(), "reference": reference.scores.tolist()}
+    summary: dict[str, Any] = {
+        "num_prompts": len(prompts),
+        "kl": kl.mean().item(),
+        "score_mean": actor.scores.mean().item(),
+        "reference_score_mean": reference.scores.mean().item(),
+        "response_tokens_mean": actor.batch.response_mask.sum(dim=1).float().mean().item(),
+        "reference_response_tokens_mean": reference.batch.response_mask.sum(dim=1).float().mean().item(),
+        "eos_frac": actor.ended.float().mean().item(),
+        **win_rate_numbers("score", scores["actor"], scores["reference"]),
+    }
+    golds: dict[str, list[float]] = {}
+    if gold is not None:
+        golds = {
+            name: [gold(prompt, text) for prompt, text in zip(rollout.prompts.texts, rollout.responses, strict=True)]
+            for name, rollout in (("actor", actor), ("reference", reference))
+        }
+        summary |= {
+            "gold_mean": sum(golds["actor"]) / len(prompts),
+            "reference_gold_mean": sum(golds["reference"]) / len(prompts),
+            **win_rate_numbers("gold", golds["actor"], golds["reference"]),
+        }
+    samples = [
+        {
+            "prompt_index": i,
+            "prompt": actor.prompts.texts[i],
+            "response": actor.responses[i],
+            "score": scores["actor"][i],
+            "kl": kl[i].item(),
+            "reference_response": reference.responses[i],
+            "reference_score": scores["reference"][i],
+            **({"gold": golds["actor"][i], "reference_gold": golds["reference"][i]} if golds else {}),
+        }
+        for i in range(min(num_samples, len(prompts)))
+    ]
+    return summary, samples
+
+
+def win_rate_numbers(name: str, ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """`<name>_win_rate` (ties half) and `<name>_win_rate_ci` [low, high] at 95 %."""
+    return {
+        f"{name}_win_rate": win_rate(ours, theirs),
+        f"{name}_win_rate_ci": list(win_rate_interval(pair_outcomes(ours, theirs))),
+    }

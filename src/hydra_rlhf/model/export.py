@@ -1,0 +1,199 @@
+"""Formats others can load: PEFT adapter folders, transformers folders, reward models. Safetensors and JSON only."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hydra_rlhf.errors import ModelError
+from hydra_rlhf.model.heads import ScalarHead
+from hydra_rlhf.model.trunk import Trunk
+
+REWARD_HEAD_FILE = "reward_head.safetensors"
+
+
+def save_stage1(folder: Path, trunk: Trunk, tokenizer: PreTrainedTokenizerBase, head: ScalarHead | None) -> None:
+    """Write a stage-1 result: a transformers folder, its tokenizer, and the reward head where the stage has one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trunk.save(folder)
+    tokenizer.save_pretrained(folder)
+    if head is not None:
+        save_scalar_head(head, folder / REWARD_HEAD_FILE)
+
+
+def save_scalar_head(head: ScalarHead, file: Path) -> None:
+    """Write a reward or value head as {weight [h], bias []}."""
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in head.state_dict().items()}, file)
+
+
+def load_scalar_head(file: Path) -> ScalarHead:
+    """Read a head that `save_scalar_head` wrote. Raises `ModelError`."""
+    tensors = read_safetensors(file)
+    if set(tensors) != {"weight", "bias"} or tensors["weight"].dim() != 1:
+        raise ModelError(f"{file} is not a scalar head: it holds {sorted(tensors)}, expected weight [h] and bias []")
+    head = ScalarHead(len(tensors["weight"]))
+    head.load_state_dict(tensors)
+    return head
+
+
+def load_reward_head(path: str, *, revision: str | None = None, offline: bool = False) -> ScalarHead | None:
+    """The reward head that a model folder brings along: ours, or the `score` layer of a sequence classifier; else None.
+
+    Raises `ModelError` for a classifier with more than one label.
+    """
+    file = Path(path) / REWARD_HEAD_FILE
+    if file.is_file():
+        return load_scalar_head(file)
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    options = {"revision": revision, "local_files_only": offline, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        names = getattr(config, "architectures", None) or []
+        if not any(name.endswith("ForSequenceClassification") for name in names):
+            return None
+        if config.num_labels != 1:
+            raise ModelError(f"{path} classifies into {config.num_labels} labels; a reward model has one")
+        model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as a reward model: {error}") from error
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear):
+        raise ModelError(f"{path}: {type(model).__name__} has no linear `score` layer to take as reward head")
+    head = ScalarHead(score.in_features)
+    with torch.no_grad():
+        head.weight.copy_(score.weight[0])
+        if score.bias is not None:
+            head.bias.copy_(score.bias[0])
+    return head
+
+
+def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a file. Raises `ModelError` where it is missing or damaged."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def save_peft_adapter(trunk: Trunk, adapter: str, folder: Path) -> None:
+    """Write one LoRA set as a folder that `peft.PeftModel.from_pretrained` loads onto the same base."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = trunk.model.base_model_prefix
+    tensors = {
+        f"base_model.model.{prefix}.{name}.weight": tensor.detach().contiguous().cpu()
+        for name, tensor in trunk.adapter_parameters(adapter).items()
+    }
+    first = next(iter(trunk.lora_linears.values()))
+    rank = first.lora_A[adapter].shape[0]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": trunk.model.config.name_or_path or None,
+        "r": rank,
+        "lora_alpha": first.scale[adapter] * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(not isinstance(linear.linear, nn.Linear) for linear in trunk.lora_linears.values()),
+        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in trunk.lora_linears}),
+        "inference_mode": True,
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load_peft_adapter(trunk: Trunk, adapter: str, folder: Path) -> None:
+    """Read a PEFT LoRA folder onto a trunk under the name `adapter`.
+
+    Raises `ModelError` for anything but plain LoRA in safetensors, and for tensors that do not fit the trunk.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} has no readable adapter_config.json: {error}") from error
+    refuse_unsupported(config, folder)
+    tensors = read_safetensors(folder / "adapter_model.safetensors")
+    prefix = f"base_model.model.{trunk.model.base_model_prefix}."
+    by_name = {name.removeprefix(prefix).removesuffix(".weight"): tensor for name, tensor in tensors.items()}
+    paths = tuple(sorted({name.rpartition(".")[0] for name in by_name}))
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    if config.get("use_rslora"):
+        alpha *= math.sqrt(rank)
+    dtype = next(iter(tensors.values())).dtype
+    trunk.add_adapter(adapter, rank=rank, alpha=alpha, targets=paths, dtype=dtype, seed_of=lambda _: 0)
+    copy_adapter(trunk, adapter, by_name, folder)
+
+
+def refuse_unsupported(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise `ModelError` for a PEFT config that means something other than W + (alpha / r) B A."""
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{folder}: peft_type={config.get('peft_type')!r}; only LORA adapters are read")
+    changed = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
+    if config.get("bias", "none") != "none":
+        changed.append("bias")
+    if changed:
+        raise ModelError(
+            f"{folder}: {', '.join(changed)} in adapter_config.json cannot be read; merge it with peft first"
+        )
+
+
+@torch.no_grad()
+def copy_adapter(trunk: Trunk, adapter: str, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Copy {path.lora_A | path.lora_B: tensor} into a LoRA set of the same shape. Raises `ModelError` naming what differs."""
+    parameters = trunk.adapter_parameters(adapter)
+    if set(parameters) != set(tensors):
+        odd = sorted(set(parameters) ^ set(tensors))[:3]
+        raise ModelError(
+            f"{source} does not fit this model's LoRA set: {', '.join(odd)}, ...; lora.targets must be the same"
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise ModelError(f"{source}: {name} is {tuple(tensors[name].shape)}, here it is {tuple(parameter.shape)}")
+        parameter.copy_(tensors[name])
+
+
+def save_merged(trunk: Trunk, adapter: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the policy as a plain transformers folder; the adapter is merged into a copy, never into the shared base."""
+    import copy
+
+    merged = copy.deepcopy(trunk)
+    if adapter is not None:
+        merged.merge_adapter(adapter)
+    folder.mkdir(parents=True, exist_ok=True)
+    merged.save(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_reward_model(trunk: Trunk, head: ScalarHead, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write LoRA-off trunk and reward head as a folder for `AutoModelForSequenceClassification`.
+
+    Such models have no bias on their score layer. The head's bias (minus the mean score of chosen responses) is written
+    to config.json as `reward_bias`: `logits + reward_bias` is the score; differences are equal without it. Raises
+    `ModelError` where the family has no sequence classifier.
+    """
+    import copy
+
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(trunk.model.config)
+    config.num_labels = 1
+    config.pad_token_id = tokenizer.pad_token_id
+    config.reward_bias = head.bias.item()
+    try:
+        model = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise ModelError(f"{type(trunk.model).__name__} has no sequence classifier in transformers: {error}") from error
+    plain = trunk.plain_copy()
+    model.base_model.load_state_dict(plain.decoder.state_dict())
+    with torch.no_grad():
+        model.score.weight.copy_(head.weight[None])
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(dtype=next(plain.decoder.parameters()).dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,309 @@
+"""One decoder: load a transformers model, return its hidden states. The only file that knows `transformers` models."""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from hydra_rlhf.config import ModelConfig
+from hydra_rlhf.errors import ModelError
+from hydra_rlhf.model.heads import LMHead
+from hydra_rlhf.model.lora import (
+    AdapterSwitch,
+    LoraLinear,
+    find_linears,
+    linear_features,
+    merge_into_linears,
+    unwrap_linears,
+    wrap_linears,
+)
+
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+SCRATCH_SHAPES: Mapping[str, dict[str, int]] = {
+    "tiny": {
+        "hidden_size": 112,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 304,
+    },
+    "small": {
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 688,
+    },
+}
+"""Llama shapes that `scratch:` models are built with."""
+
+
+class Trunk(nn.Module):
+    """A causal LM whose decoder, head and LoRA sets are reached separately.
+
+    The decoder's own weights are frozen unless a role without an adapter trains them; every forward names its adapter.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.switch = AdapterSwitch()
+        self.lora_linears: dict[str, LoraLinear] = {}
+        """LoRA linears by their path in the decoder; empty before the first adapter."""
+        self.model.requires_grad_(False)
+        self.model.eval()
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.base_model
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that the heads read (OPT projects it down to its embedding width)."""
+        return self.model.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportReturnType]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportReturnType]
+
+    @property
+    def lm_head(self) -> LMHead:
+        """The language-model head with what this family does to its logits."""
+        linear = self.model.get_output_embeddings()
+        if linear is None:
+            raise ModelError(f"{type(self.model).__name__} has no language-model head")
+        config = text_config(self.model.config)
+        logits_scaling = getattr(config, "logits_scaling", None)
+        return LMHead(
+            weight=linear.weight,  # pyright: ignore[reportArgumentType]
+            bias=getattr(linear, "bias", None),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=1.0 / logits_scaling if logits_scaling else getattr(config, "logit_scale", None) or 1.0,
+        )
+
+    def hidden_states(
+        self,
+        tokens: Int[Tensor, "b s"],
+        attention_mask: Bool[Tensor, "b k"],
+        *,
+        adapter: str | None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "b s h"]:
+        """One trunk pass with `adapter` (None = LoRA off); the states after the decoder's final norm.
+
+        With `cache` the tokens continue what the cache holds, and `attention_mask` covers both. Positions are counted
+        from the first real token, so left padding does not move them.
+        """
+        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        with self.switch.use(adapter):
+            output = self.decoder(
+                input_ids=tokens,
+                attention_mask=attention_mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return output.last_hidden_state
+
+    def add_adapter(
+        self,
+        name: str,
+        *,
+        rank: int,
+        alpha: float,
+        targets: tuple[str, ...],
+        dtype: torch.dtype,
+        seed_of: Callable[[str], int],
+    ) -> None:
+        """Add a LoRA set that changes nothing yet; `seed_of(path)` seeds each linear's A."""
+        if not self.lora_linears:
+            self.lora_linears = wrap_linears(self.decoder, self.switch, targets)
+        for path, linear in self.lora_linears.items():
+            generator = torch.Generator().manual_seed(seed_of(path))
+            linear.add_adapter(name, rank=rank, alpha=alpha, dtype=dtype, generator=generator)
+
+    def count_lora(self, rank: int, targets: tuple[str, ...]) -> int:
+        """Numbers in one LoRA set of this rank on this trunk."""
+        linears = {path: linear.linear for path, linear in self.lora_linears.items()}
+        return sum(rank * sum(linear_features(m)) for m in (linears or find_linears(self.decoder, targets)).values())
+
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The tensors of one LoRA set as {path.lora_A | path.lora_B: parameter}."""
+        parameters: dict[str, nn.Parameter] = {}
+        for path, linear in self.lora_linears.items():
+            parameters[f"{path}.lora_A"] = linear.lora_A[name]
+            parameters[f"{path}.lora_B"] = linear.lora_B[name]
+        return parameters
+
+    def merge_adapter(self, name: str) -> None:
+        """Turn `name` into part of the weights, once, and drop every adapter: a new base."""
+        merge_into_linears(self.lora_linears, name)
+        unwrap_linears(self.decoder, self.lora_linears)
+        self.lora_linears = {}
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The model's own tensors by their plain transformers names, adapters left out; tied ones once."""
+        return {
+            self._plain_name(name): parameter
+            for name, parameter in self.model.named_parameters()
+            if not is_adapter(name)
+        }
+
+    def enable_checkpointing(self) -> None:
+        """Recompute each layer in backward, with the adapter that its forward captured."""
+        self.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self.switch.recompute_contexts}
+        )
+
+    def drop_lm_head(self) -> None:
+        """Free an untied head that no role of this trunk reads."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if isinstance(head, nn.Module) and head.weight is not embedding.weight:
+            self.model.set_output_embeddings(nn.Identity())  # pyright: ignore[reportArgumentType]
+
+    def plain_copy(self) -> "Trunk":
+        """A deep copy in storage of its own, without adapters."""
+        duplicate = copy.deepcopy(self)
+        unwrap_linears(duplicate.decoder, duplicate.lora_linears)
+        duplicate.lora_linears = {}
+        duplicate.model.requires_grad_(False)
+        return duplicate
+
+    def save(self, folder: Path) -> None:
+        """Write a plain transformers folder (safetensors) that `AutoModelForCausalLM` loads; adapters are left out."""
+        state = {
+            self._plain_name(name): tensor for name, tensor in self.model.state_dict().items() if not is_adapter(name)
+        }
+        transformers_logging.disable_progress_bar()
+        self.model.save_pretrained(folder, state_dict=state)
+
+    def _plain_name(self, name: str) -> str:
+        """The transformers name of a tensor, without the step into a LoRA linear."""
+        path, wrapped, tensor = name.rpartition(".linear.")
+        decoder_path = path.removeprefix(f"{self.model.base_model_prefix}.")
+        return f"{path}.{tensor}" if wrapped and decoder_path in self.lora_linears else name
+
+
+def is_adapter(name: str) -> bool:
+    """True for the state-dict name of a LoRA tensor."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The decoder's own config where a multimodal family nests it."""
+    return config.get_text_config(decoder=True)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"model.device={name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"model.device={name!r}, but torch sees no CUDA device; use model.device=cpu or auto")
+    return device
+
+
+def load_trunk(path: str, config: ModelConfig, *, trust_remote_code: bool = False) -> Trunk:
+    """Load a causal LM from a hub name or a local folder, in `config.dtype`, with dropout off.
+
+    Only safetensors are read, and code from the model's repository runs only if the caller says so: a model's own
+    files are never asked. Raises `ModelError` with the reason and the way out.
+    """
+    local = Path(path)
+    if local.is_dir() and not any(local.glob("*.safetensors")):
+        raise ModelError(f"{path} holds no .safetensors file; other weight formats are not read, convert it first")
+    options = {
+        "revision": config.revision,
+        "local_files_only": config.offline,
+        "trust_remote_code": trust_remote_code,
+    }
+    transformers_logging.disable_progress_bar()
+    try:
+        model_config = AutoConfig.from_pretrained(path, **options)
+        without_dropout(model_config)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=model_config,
+            dtype=DTYPES[config.dtype],
+            use_safetensors=True,
+            attn_implementation=attention_implementation(model_config),
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path={path!r} cannot be loaded as a causal LM: {first_line(error)}") from error
+    return Trunk(model.to(pick_device(config.device)))
+
+
+def scratch_trunk(shape: str, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, seed: int) -> Trunk:
+    """A Llama with random weights seeded by `seed`, for the tokenizer's vocabulary; tied embeddings."""
+    if shape not in SCRATCH_SHAPES:
+        raise ModelError(f"model.path='scratch:{shape}' is unknown; there are {', '.join(SCRATCH_SHAPES)}")
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **SCRATCH_SHAPES[shape],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(llama)
+    return Trunk(model.to(device=pick_device(config.device), dtype=DTYPES[config.dtype]))
+
+
+def load_tokenizer(path: str, config: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name or a local folder. Raises `ModelError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, revision=config.revision, local_files_only=config.offline, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path={path!r} has no tokenizer that can be loaded: {first_line(error)}") from error
+
+
+def stop_token_ids(trunk: Trunk, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a response: the model's generation config, else the tokenizer's EOS. Raises `ModelError`."""
+    ids = getattr(trunk.model.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        raise ModelError("neither the model nor its tokenizer names a stop token; set ppo.sampling.stop_token_ids")
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def without_dropout(config: PretrainedConfig) -> None:
+    """Set every dropout rate of the config to zero: sampled and trained log-probs must come from one function."""
+    for part in {id(c): c for c in (config, text_config(config))}.values():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, float) and ("drop" in name or "pdrop" in name):
+                setattr(part, name, 0.0)
+
+
+def attention_implementation(config: PretrainedConfig) -> str | None:
+    """Eager attention where the family caps attention logits, which fused kernels ignore; else transformers' choice."""
+    return "eager" if getattr(text_config(config), "attn_logit_softcapping", None) else None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, which says what is wrong; the rest is advice for other uses."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

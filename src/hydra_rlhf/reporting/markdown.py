@@ -1,0 +1,108 @@
+"""The report as plain text: the same numbers, warnings and tables as the page, and a few samples."""
+
+import re
+
+from hydra_rlhf.reporting.findings import find_problems
+from hydra_rlhf.reporting.record import RunRecord, Sample
+from hydra_rlhf.reporting.tables import (
+    Card,
+    Table,
+    cards,
+    data_table,
+    environment_tables,
+    format_score,
+    measured_table,
+    memory_table,
+    roles_table,
+    stages_table,
+)
+
+NUM_SAMPLES = 4
+"""Samples shown; the page has them all."""
+MAX_CHARACTERS = 1000
+"""Longer texts are cut."""
+
+
+def render_markdown(record: RunRecord) -> str:
+    """The whole `report.md`."""
+    parts = [f"# {_inline(record.name)}", _subtitle(record)]
+    parts += [_card_list(found)] if (found := cards(record)) else []
+    if warnings := find_problems(record):
+        lines = [f"- **{_inline(w.title)}.** {_inline(w.text)} *What to do:* {_inline(w.remedy)}" for w in warnings]
+        parts += ["## Warnings", "\n".join(lines)]
+    if record.problems:
+        parts += ["## Files that could not be read", "\n".join(f"- {_inline(problem)}" for problem in record.problems)]
+    for title, tables in (
+        ("What was run", (roles_table(record), stages_table(record))),
+        ("Memory", (memory_table(record), measured_table(record))),
+        ("Data", (data_table(record),)),
+        ("Environment", environment_tables(record)),
+    ):
+        found_tables = [table for table in tables if table is not None]
+        parts += [f"## {title}"] if found_tables else []
+        parts += [_table(table) for table in found_tables]
+        if title == "What was run" and (samples := record.comparison()):
+            parts += [
+                "## Samples",
+                *(_sample(number, sample) for number, sample in enumerate(samples[:NUM_SAMPLES], 1)),
+            ]
+    if record.recipe_text is not None:
+        parts += ["## Settings", _block(record.recipe_text.rstrip("\n"), "yaml")]
+    return "\n\n".join(parts) + "\n"
+
+
+def _subtitle(record: RunRecord) -> str:
+    facts = [
+        f"method {record.method}" if record.method else None,
+        record.setting("model.path"),
+        record.setting("data.train"),
+    ]
+    state = "finished" if record.finished else "not finished: these are the numbers so far"
+    return (
+        " · ".join(_inline(str(fact)) for fact in (*facts, state) if fact) + " · curves and all samples: `report.html`"
+    )
+
+
+def _card_list(found: list[Card]) -> str:
+    rows = tuple((card.label, f"{card.value} {card.unit}".strip(), card.detail) for card in found)
+    return _table(Table(title="", columns=("", "Value", "Beside it"), rows=rows, numeric=False))
+
+
+def _table(table: Table) -> str:
+    rule = ["---", *("---:" if table.numeric else "---" for _ in table.columns[1:])]
+    rows = [
+        [f"**{cell}**" if index == table.marked and cell else cell for cell in map(_inline, row)]
+        for index, row in enumerate(table.rows)
+    ]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (map(_inline, table.columns), rule, *rows)]
+    return "\n".join(([f"**{_inline(table.title)}**", ""] if table.title else []) + lines)
+
+
+def _sample(number: int, sample: Sample) -> str:
+    parts = [f"### {number}", "Prompt", _block(sample.prompt)]
+    for who, text, score, gold in (
+        ("Reference", sample.reference_response, sample.reference_score, sample.reference_gold),
+        ("Actor", sample.response, sample.score, sample.gold),
+    ):
+        if text is not None:
+            numbers = [
+                f"{name} {format_score(value)}"
+                for name, value in (("score", score), ("gold", gold))
+                if value is not None
+            ]
+            parts += [", ".join([who, *numbers]), _block(text)]
+    return "\n\n".join(parts)
+
+
+def _inline(text: str) -> str:
+    """Text on one line of Markdown, in which nothing is markup or ends a table cell."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text.replace("\r", " ").replace("\n", " "))
+
+
+def _block(text: str, language: str = "") -> str:
+    """A fenced block, with a fence longer than any in the text; long texts are cut with a note."""
+    shown = text if language or len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS]
+    longest = max((len(run) for run in re.findall(r"`{3,}", shown)), default=2)
+    fence = "`" * (longest + 1)
+    note = "" if len(shown) == len(text) else f"\n\n({len(text) - len(shown):,} more characters in samples.jsonl)"
+    return f"{fence}{language}\n{shown}\n{fence}{note}"

@@ -1,0 +1,296 @@
+"""The report's pictures: which metrics are drawn together, in which units, and what to look for."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hydra_rlhf.reporting.record import MethodBytes, RunRecord, Series
+from hydra_rlhf.reporting.svg import BLUE, GREEN, MUTED, OCHRE, ORANGE, PURPLE, draw_svg
+from hydra_rlhf.reporting.tables import byte_unit, format_number
+
+MAX_POINTS = 500
+"""A longer series is drawn as means of equal groups of steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """One picture with its words."""
+
+    key: str
+    """Unique in the page; prefixes the ids inside the SVG."""
+    title: str
+    caption: str
+    """What to look for."""
+    svg: str
+    """Inline SVG; every text in it is escaped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lines:
+    """A chart of metrics over steps."""
+
+    title: str
+    unit: str
+    """Label of the y axis."""
+    lines: tuple[tuple[str, str], ...]
+    """(metric, its name in the legend); evaluation metrics are drawn with markers."""
+    caption: str
+    level: float | None = None
+    """A value to compare with, drawn dashed."""
+    floor: float | None = None
+    """Values below are cut off, so that a wild start does not flatten the rest."""
+
+
+STAGE1 = (
+    Lines(
+        title="Losses",
+        unit="nats per token, nats per pair",
+        lines=(("loss/sft", "response tokens"), ("loss/reward", "pairs")),
+        caption="Cross entropy of response tokens, and ranking loss of pairs (guessing: 0.69 nats).",
+    ),
+    Lines(
+        title="Perplexity, held out",
+        unit="perplexity",
+        lines=(("eval/perplexity", "held out"),),
+        caption="Rising again means too many epochs.",
+    ),
+    Lines(
+        title="Pair accuracy",
+        unit="share of pairs ranked right",
+        lines=(("train/pair_accuracy", "training"), ("eval/pair_accuracy", "held out")),
+        caption="Guessing gives 0.5 (dashed). A wide gap between the two means overfitting.",
+        level=0.5,
+    ),
+)
+PPO = (
+    Lines(
+        title="Score",
+        unit="score, no unit",
+        lines=(("score/mean", "rollouts"), ("eval/score", "held out")),
+        caption="What the actor is trained for; only differences mean anything.",
+    ),
+    Lines(
+        title="Gold score, held out",
+        unit="gold score, no unit",
+        lines=(("eval/gold", "held out"),),
+        caption="Never seen in training. Falling while the score rises: over-optimisation.",
+    ),
+    Lines(
+        title="KL from the reference",
+        unit="nats per response",
+        lines=(("kl/reference", "rollouts"), ("eval/kl", "held out")),
+        caption="The price of the score. Healthy runs stay below 20.",
+    ),
+    Lines(
+        title="Policy loss",
+        unit="loss, no unit",
+        lines=(("loss/policy", "actor"),),
+        caption="Near zero by construction; spikes matter, the level does not.",
+        level=0.0,
+    ),
+    Lines(
+        title="Value loss",
+        unit="half squared error",
+        lines=(("loss/value", "critic"),),
+        caption="Falls while the critic learns to predict returns.",
+    ),
+    Lines(
+        title="Explained variance",
+        unit="share of the returns' variance",
+        lines=(("ppo/explained_variance", "critic"),),
+        caption="1 is perfect, 0 (dashed) is a constant guess; cut off below −1.",
+        level=0.0,
+        floor=-1.0,
+    ),
+    Lines(
+        title="Held back by the clip",
+        unit="share of tokens",
+        lines=(("ppo/clip_frac", "policy"), ("ppo/value_clip_frac", "value")),
+        caption="Up to 0.3 for the policy is usual.",
+    ),
+    Lines(
+        title="Entropy",
+        unit="nats per token",
+        lines=(("ppo/entropy", "actor"),),
+        caption="Falls slowly; a collapse makes all responses alike.",
+    ),
+    Lines(
+        title="Response length",
+        unit="tokens",
+        lines=(("response/tokens_mean", "rollouts"), ("eval/response_tokens", "held out")),
+        caption="A drift often means that length is what the reward pays for.",
+    ),
+    Lines(
+        title="Responses that end by themselves",
+        unit="share of responses",
+        lines=(("response/eos_frac", "rollouts"), ("eval/eos_frac", "held out")),
+        caption="The others are cut at the length limit.",
+    ),
+)
+SECOND = ("loss/reward", "ppo/value_clip_frac")
+"""Training metrics that share a chart with another one."""
+PHASES = (
+    ("time/rollout_s", "rollout", BLUE),
+    ("time/score_s", "score", ORANGE),
+    ("time/update_s", "update", GREEN),
+)
+PARTS = tuple(zip((part.name for part in fields(MethodBytes)), (BLUE, ORANGE, GREEN, PURPLE, OCHRE), strict=True))
+
+
+def stage1_charts(record: RunRecord, stage: str) -> list[Chart]:
+    """Losses and held-out numbers of one supervised stage."""
+    return [chart for spec in STAGE1 if (chart := _line_chart(record, stage, spec, "optimizer step")) is not None]
+
+
+def ppo_charts(record: RunRecord) -> list[Chart]:
+    """Score, gold, KL and the diagnostics of PPO, then its seconds per phase."""
+    charts = [_line_chart(record, "ppo", spec, "PPO step") for spec in PPO]
+    return [chart for chart in (*charts, time_chart(record)) if chart is not None]
+
+
+def time_chart(record: RunRecord) -> Chart | None:
+    """Seconds of each phase, stacked over the PPO steps; None where they were not logged."""
+    found = [(name, color, series) for key, name, color in PHASES if (series := record.series("ppo", key))]
+    if not found:
+        return None
+    steps = thin(found[0][2])[0]
+    heights = [dict(zip(*thin(series), strict=True)) for _, _, series in found]
+
+    def draw(axes: Any) -> None:
+        stacked = [[height.get(step, 0.0) for step in steps] for height in heights]
+        if len(steps) == 1:  # an area needs two points
+            for index, (name, color, _) in enumerate(found):
+                below = sum(column[0] for column in stacked[:index])
+                axes.bar(steps, stacked[index], bottom=below, color=color, label=name, width=0.4)
+        else:
+            colors = [color for _, color, _ in found]
+            axes.stackplot(steps, stacked, labels=[name for name, _, _ in found], colors=colors, linewidth=0)
+        _label(axes, "PPO step", "seconds", whole="x")
+        axes.set_ylim(bottom=0)
+
+    caption = "The phases of a step, stacked: sampling, all roles on the responses, learning."
+    return Chart(key="ppo-time", title="Seconds per step", caption=caption, svg=draw_svg(draw, "ppo-time", caption))
+
+
+def score_histograms(record: RunRecord) -> list[Chart]:
+    """Score (and gold) of the final comparison's samples, reference against actor."""
+    samples = [sample for sample in record.samples if sample.kind == "evaluation"]
+    scores = [(s.reference_score, s.score) for s in samples if s.reference_score is not None and s.score is not None]
+    golds = [(s.reference_gold, s.gold) for s in samples if s.reference_gold is not None and s.gold is not None]
+    return [
+        _histogram(pairs, key=key, title=title, unit=unit)
+        for pairs, key, title, unit in (
+            (scores, "histogram-score", "Score before and after", "score, no unit"),
+            (golds, "histogram-gold", "Gold score before and after", "gold score, no unit"),
+        )
+        if pairs
+    ]
+
+
+def memory_chart(record: RunRecord) -> Chart | None:
+    """Counted bytes of every method as stacked bars, this run's method in bold; None where nothing was counted."""
+    largest = max((method.total for method in record.methods.values()), default=0.0)
+    if largest <= 0:
+        return None
+    unit, size = byte_unit(largest)
+
+    def draw(axes: Any) -> None:
+        names = list(record.methods)
+        left = [0.0] * len(names)
+        for part, color in PARTS:
+            widths = [getattr(record.methods[name], part) / size for name in names]
+            axes.barh(names, widths, left=left, color=color, label=part, height=0.62, linewidth=0)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        for row, total in enumerate(left):
+            own = names[row] == record.method
+            axes.text(
+                total + 0.012 * max(left),
+                row,
+                f"{format_number(total)} {unit}" + (" · this run" if own else ""),
+                va="center",
+                fontweight="bold" if own else "normal",
+            )
+        for label in axes.get_yticklabels():
+            label.set_fontweight("bold" if label.get_text() == record.method else "normal")
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.24 * max(left))
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(axis="x", length=0)
+        _label(axes, f"{unit} of tensors", "")
+
+    caption = "Weights, gradients and optimizer state that each method holds for this model; activations come on top."
+    svg = draw_svg(draw, "memory", caption, width=860, height=90 + 34 * len(record.methods))
+    return Chart(key="memory", title="What each method would hold", caption=caption, svg=svg)
+
+
+def thin(series: Series) -> tuple[list[int], list[float]]:
+    """Steps and values with at most `MAX_POINTS` points, each the mean of a group; NaN where a value is not finite."""
+    values = [value if math.isfinite(value) else math.nan for value in series.values]
+    size = math.ceil(len(values) / MAX_POINTS)
+    groups = [slice(start, start + size) for start in range(0, len(values), size)]
+    return [series.steps[group][-1] for group in groups], [sum(values[group]) / len(values[group]) for group in groups]
+
+
+def _line_chart(record: RunRecord, stage: str, spec: Lines, step_name: str) -> Chart | None:
+    found = [(key, name, series) for key, name in spec.lines if (series := record.series(stage, key)) is not None]
+    if not found:
+        return None
+
+    def draw(axes: Any) -> None:
+        if spec.level is not None:
+            axes.axhline(spec.level, color=MUTED, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
+        for key, name, series in found:
+            is_sparse = key.startswith("eval/") or len(series.steps) < 3
+            color = ORANGE if key.startswith("eval/") else GREEN if key in SECOND else BLUE
+            axes.plot(*thin(series), label=name, color=color, marker="o" if is_sparse else None)
+        _label(axes, step_name, spec.unit, whole="x")
+        if spec.floor is not None and axes.get_ylim()[0] < spec.floor:
+            axes.set_ylim(bottom=spec.floor, top=max(axes.get_ylim()[1], spec.floor + 1))
+
+    key = f"{stage}-{spec.lines[0][0]}".replace("/", "-").replace("_", "-")
+    words = "; ".join(f"{name}: {_from_to(series)}" for _, name, series in found)
+    return Chart(
+        key=key, title=spec.title, caption=spec.caption, svg=draw_svg(draw, key, f"{spec.title}, {spec.unit}. {words}")
+    )
+
+
+def _histogram(pairs: Sequence[tuple[float, float]], *, key: str, title: str, unit: str) -> Chart:
+    before, after = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    means = (sum(before) / len(pairs), sum(after) / len(pairs))
+    low, high = min(before + after), max(before + after)
+    num_bins = max(8, min(24, round(math.sqrt(len(pairs)) * 2)))
+    edges = [low + (high - low or 1.0) * i / num_bins for i in range(num_bins + 1)]
+
+    def draw(axes: Any) -> None:
+        for values, mean, name, color in ((before, means[0], "reference", MUTED), (after, means[1], "actor", BLUE)):
+            axes.hist(values, bins=edges, color=color, alpha=0.28, linewidth=0)
+            axes.hist(values, bins=edges, color=color, histtype="step", linewidth=1.6, label=name)
+            axes.axvline(mean, color=color, linestyle=(0, (4, 3)), linewidth=1.4)
+        _label(axes, unit, "responses", whole="y")
+
+    words = (
+        f"Means (dashed): reference {format_number(means[0])}, actor {format_number(means[1])}; {len(pairs)} prompts."
+    )
+    return Chart(key=key, title=title, caption=words, svg=draw_svg(draw, key, words))
+
+
+def _from_to(series: Series) -> str:
+    (first, start), (last, end) = series.finite()[0], series.finite()[-1]
+    return f"{format_number(start)} at step {first}, {format_number(end)} at step {last}"
+
+
+def _label(axes: Any, x: str, y: str, *, whole: str = "") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if y:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole == "y"))
+    if whole == "x":
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    handles, _ = axes.get_legend_handles_labels()
+    if len(handles) > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(handles))

@@ -1,0 +1,158 @@
+"""Turns a run folder into `report.html` (one file, no network) and `report.md`."""
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra_rlhf.model.roles import STAGE1_ORDER, passes, trunks
+from hydra_rlhf.reporting import plots, tables
+from hydra_rlhf.reporting.collect import read_run
+from hydra_rlhf.reporting.findings import find_problems
+from hydra_rlhf.reporting.markdown import render_markdown
+from hydra_rlhf.reporting.record import RunRecord, Sample
+from hydra_rlhf.runtime.files import clear_write_errors, write_file
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+MAX_CHARACTERS = 4000
+"""Longer texts are cut in the page: prompts on the left, responses on the right."""
+MAX_SAMPLE_BYTES = 3_000_000
+"""Samples beyond this much text are left out of the page, which then stays under 5 MB."""
+CONTROL_CHARACTERS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+"""Control characters are shown as their Unicode pictures: HTML has no way to hold them."""
+STAGE_TITLES = {"sft": "SFT", "reward_model": "Reward model", "hydra_sft": "Hydra-SFT"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """A text as the page shows it."""
+
+    text: str
+    num_cut: int
+    """Characters left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownSample:
+    """One sample as the page shows it."""
+
+    sample: Sample
+    prompt: Passage
+    response: Passage
+    reference_response: Passage | None
+
+
+def render_report(run_folder: Path) -> Path:
+    """Write `report.html` and `report.md` into a run folder, finished or not; returns the path of the page.
+
+    Raises CheckpointError where the folder is not a run folder, or cannot be written.
+    """
+    record = read_run(run_folder)
+    contents = {"report.md": render_markdown(record), "report.html": render_html(record)}
+    for name, content in contents.items():
+        path = run_folder / name
+        with clear_write_errors(path):
+            # Lone surrogates, which JSON can hold and UTF-8 cannot, become question marks.
+            write_file(path, content.encode("utf-8", errors="replace"))
+    return run_folder / "report.html"
+
+
+def render_html(record: RunRecord) -> str:
+    """The page as one string; equal records give equal bytes."""
+    environment = _templates()
+    script = environment.get_template("report.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    samples = list(_within_budget(record.comparison()))
+    stage1 = [
+        (stage, STAGE_TITLES[stage], charts) for stage in STAGE1_ORDER if (charts := plots.stage1_charts(record, stage))
+    ]
+    return environment.get_template("report.html.j2").render(
+        record=record,
+        cards=tables.cards(record),
+        warnings=find_problems(record),
+        facts=_facts(record),
+        sharing=_sharing(record),
+        roles=tables.roles_table(record),
+        stages=tables.stages_table(record),
+        stage1_charts=stage1,
+        ppo_charts=plots.ppo_charts(record),
+        histograms=plots.score_histograms(record),
+        samples=samples,
+        has_reference=any(shown.reference_response is not None for shown in samples),
+        has_gold=any(shown.sample.gold_gain is not None for shown in samples),
+        num_left_out=len(record.comparison()) - len(samples),
+        memory_chart=plots.memory_chart(record),
+        memory=tables.memory_table(record),
+        measured=tables.measured_table(record),
+        data=tables.data_table(record),
+        environment=tables.environment_tables(record),
+        script=script,
+        script_digest=digest,
+    )
+
+
+def _templates() -> "Environment":
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hydra_rlhf.reporting"),
+        autoescape=True,  # model text may hold markup, and is shown as text
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["score"] = tables.format_score
+    environment.filters["count"] = tables.format_count
+    return environment
+
+
+def _within_budget(samples: tuple[Sample, ...]) -> Iterator[ShownSample]:
+    """Samples in the run's own order, cut to size, until the page has all the text it may hold."""
+    from markupsafe import escape
+
+    num_bytes = 0
+    for sample in samples:
+        prompt = _cut(sample.prompt, keep_end=True)
+        response = _cut(sample.response)
+        reference = None if sample.reference_response is None else _cut(sample.reference_response)
+        texts = [passage.text for passage in (prompt, response, reference) if passage is not None]
+        num_bytes += 1500 + sum(len(str(escape(text)).encode("utf-8", errors="replace")) for text in texts)
+        if num_bytes > MAX_SAMPLE_BYTES:
+            return
+        yield ShownSample(sample=sample, prompt=prompt, response=response, reference_response=reference)
+
+
+def _cut(text: str, *, keep_end: bool = False) -> Passage:
+    kept = text[-MAX_CHARACTERS:] if keep_end else text[:MAX_CHARACTERS]
+    return Passage(text=kept.translate(CONTROL_CHARACTERS), num_cut=len(text) - len(kept))
+
+
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
+    """(name, value) of the settings that say what a run was, for its first lines."""
+    names = {
+        "Model": "model.path",
+        "Data": "data.train",
+        "PPO steps": "ppo.num_steps",
+        "Prompts per step": "ppo.rollout_batch_size",
+        "Seed": "seed",
+    }
+    found: list[tuple[str, Any]] = [("Method", record.method)]
+    found += [(label, record.setting(name)) for label, name in names.items()]
+    found += [("Checkpoint", record.summary.checkpoint), ("Started", record.environment.get("started"))]
+    return [(label, str(value)) for label, value in found if value is not None]
+
+
+def _sharing(record: RunRecord) -> str | None:
+    """What the role table means for memory and time, in a sentence."""
+    if not record.roles:
+        return None
+    num_trunks, num_passes = len(trunks(record.roles)), len(passes(record.roles))
+    copies = "one copy of the base model" if num_trunks == 1 else f"{num_trunks} copies of the base model"
+    return (
+        f"{len(record.roles)} roles on {copies}; "
+        f"{num_passes} trunk {'pass' if num_passes == 1 else 'passes'} score a batch for all of them."
+    )

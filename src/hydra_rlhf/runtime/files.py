@@ -1,0 +1,45 @@
+"""Files that survive a kill: durable, replaced in one step, and with errors that say what to do."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from hydra_rlhf.errors import CheckpointError
+
+
+@contextmanager
+def clear_write_errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors in the block into a `CheckpointError` that names `path` and the way out."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(
+            f"cannot write {path}: {reason}; the run folder must stay in place, writable and with free disk space; "
+            "then continue with --resume"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, durably and in one step: readers see the old file or the new one. Raises OSError."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(content)
+        sync(draft)
+        draft.replace(path)
+        sync(path.parent)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise

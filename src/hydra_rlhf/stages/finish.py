@@ -1,0 +1,146 @@
+"""What a run ends with: the trained policy in formats others load, and the before/after numbers."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra_rlhf.data.formats import ChatFormat
+from hydra_rlhf.evaluation.generations import compare_with_reference
+from hydra_rlhf.evaluation.preferences import evaluate_preferences
+from hydra_rlhf.evaluation.statistics import longer_wins, win_rate
+from hydra_rlhf.memory.count import BaseSizes, count_all
+from hydra_rlhf.runtime.measure import peak_rss_bytes
+from hydra_rlhf.model.export import save_peft_adapter, save_scalar_head
+from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.model.roles import TRAINABLE_ROLES
+from hydra_rlhf.runtime.run import Run
+from hydra_rlhf.stages.datasets import Datasets, RawData, prompt_texts
+from hydra_rlhf.stages.rollout import RewardFunction
+from hydra_rlhf.stages.session import Session
+
+
+def save_policy(model: HydraModel, folder: Path) -> None:
+    """Write what PPO trained: a PEFT folder per LoRA set (`actor/`, `critic/`), or a transformers folder per trunk that
+    was trained whole; value_head.safetensors; the tokenizer with the actor."""
+    for name in TRAINABLE_ROLES:
+        if name not in model.table:
+            continue
+        role = model.table[name]
+        trunk = model.trunk(role.trunk)
+        if role.adapter is None:
+            trunk.save(folder / name)
+        elif role.adapter == name:  # a shared LoRA set is written once, under the actor's name
+            save_peft_adapter(trunk, role.adapter, folder / name)
+        if role.head == "value":
+            save_scalar_head(model.scalar_head(role.trunk, role.head), folder / "value_head.safetensors")
+    model.tokenizer.save_pretrained(folder / "actor")
+
+
+def evaluate_run(
+    session: Session,
+    run: Run,
+    model: HydraModel,
+    chat: ChatFormat,
+    data: Datasets,
+    raw: RawData,
+    *,
+    reward_fn: RewardFunction | None,
+) -> dict[str, Any]:
+    """Measure a finished PPO on held-out data; writes summary.json, memory.json and samples.
+
+    `record_costs` adds seconds and measured bytes to both files.
+    """
+    recipe = run.recipe
+    session.begin("evaluation")
+    step = load_trained(run, model, recipe.evaluation.checkpoint)
+    roles = [role for role in ("reference", "reward") if role in model.table]
+    fit = evaluate_preferences(model, data.test_pairs, roles, micro_batch_tokens=recipe.ppo.micro_batch_tokens)
+    prompts = data.test_prompts[: recipe.evaluation.num_prompts]
+    with session.memory.phase("evaluation"):
+        numbers, samples = compare_with_reference(
+            model,
+            chat,
+            prompts,
+            recipe.ppo,
+            seed=recipe.seed,
+            reward_fn=reward_fn,
+            gold=raw.gold,
+            num_samples=recipe.evaluation.num_samples,
+            after_token=session.stop.check,
+        )
+    for sample in samples:
+        session.log_sample({"stage": "evaluation", "step": step, "kind": "evaluation", **sample})
+    session.log("evaluation", step, fit | {"eval/score": numbers["score_mean"], "eval/kl": numbers["kl"]})
+    summary = {
+        "name": recipe.name,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "checkpoint": f"{recipe.evaluation.checkpoint} (step {step})",
+        **numbers,
+        "perplexity": fit["eval/perplexity"],
+        "longer_wins_accuracy": longer_wins(
+            [len(pair.chosen) for pair in raw.test.rows], [len(pair.rejected) for pair in raw.test.rows]
+        ),
+        "gold_accuracy": gold_accuracy(raw),
+        "reward_accuracy": fit.get("eval/pair_accuracy"),
+        "calibration_error": fit.get("eval/calibration_error"),
+    }
+    run.write_json("summary.json", summary)
+    run.write_json("memory.json", count_all(model.table, base_sizes(model), dtype=recipe.model.dtype))
+    run.finish_stage("evaluation")
+    return summary
+
+
+def load_trained(run: Run, model: HydraModel, which: str) -> int:
+    """Put the `last` or `best` checkpoint of PPO into the model; returns its step."""
+    store = run.checkpoints("ppo")
+    checkpoint = store.load(store.steps()[-1])
+    if which == "best" and checkpoint.state["best_step"] is not None:
+        checkpoint = store.load(checkpoint.state["best_step"])
+    model.load_trained_state(checkpoint.tensors["model"])
+    return checkpoint.step
+
+
+def gold_accuracy(raw: RawData) -> float | None:
+    """Share of the noisy held-out pairs that the world's gold score ranks right: the ceiling of any reward model."""
+    if raw.gold is None:
+        return None
+    prompts = ["".join(prompt_texts(pair.prompt)) for pair in raw.test.rows]
+    chosen = [raw.gold(prompt, pair.chosen) for prompt, pair in zip(prompts, raw.test.rows, strict=True)]
+    rejected = [raw.gold(prompt, pair.rejected) for prompt, pair in zip(prompts, raw.test.rows, strict=True)]
+    return win_rate(chosen, rejected)
+
+
+def base_sizes(model: HydraModel) -> BaseSizes:
+    """Numbers of the actor's base and of one LoRA set on it (counted on the method's own trunk)."""
+    role = model.table["actor"]
+    trunk = model.trunk(role.trunk)
+    head, embedding = trunk.model.get_output_embeddings(), trunk.model.get_input_embeddings()
+    tied = head.weight is embedding.weight  # pyright: ignore[reportOptionalMemberAccess]
+    lora = trunk.count_lora(model.lora.rank, model.lora.targets)
+    weight = next(iter(trunk.base_parameters().values()))
+    return BaseSizes(
+        num_parameters=sum(parameter.numel() for parameter in trunk.base_parameters().values()),
+        num_lm_head=0 if tied else head.weight.numel(),  # pyright: ignore[reportOptionalMemberAccess]
+        num_lora=lora,
+        num_scalar_head=trunk.hidden_size + 1,
+        weight_bytes=weight.element_size(),
+        lora_bytes={"float32": 4, "bfloat16": 2}[model.lora.dtype],
+    )
+
+
+def record_costs(run: Run, session: Session, seconds: float) -> None:
+    """Add this process's seconds, peak memory and phases to those of the run's earlier processes (costs.json), and to
+    summary.json and memory.json once they are there."""
+    costs: dict[str, Any] = run.read_json("costs.json") if (run.folder / "costs.json").exists() else {}
+    phases: dict[str, dict[str, int]] = costs.get("phases", {})
+    for phase, numbers in session.memory.as_dict().items():
+        known = phases.get(phase, {})
+        phases[phase] = {key: max(value, known.get(key, 0)) for key, value in numbers.items()}
+    wall = {
+        "wall_s": costs.get("wall_s", 0.0) + seconds,
+        "peak_rss_bytes": max(costs.get("peak_rss_bytes", 0), peak_rss_bytes()),
+    }
+    run.write_json("costs.json", wall | {"phases": phases})
+    if run.stage_done("evaluation"):
+        run.write_json("summary.json", run.read_json("summary.json") | wall)
+        run.write_json("memory.json", run.read_json("memory.json") | {"measured": phases})

@@ -1,0 +1,98 @@
+"""A look at held-out prompts during PPO: how the actor's responses score and how far it is from the reference."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
+from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.records import Rollout
+from hydra_rlhf.stages.rollout import (
+    RewardFunction,
+    collect_rollout,
+    prompt_batch,
+    sample_responses,
+    sequence_kl,
+    summarise,
+)
+
+GoldFunction = Callable[[str, str], float]
+"""(prompt, response) -> the world's gold score. For reports only: training never sees it."""
+
+NUM_LOGGED = 4
+"""Held-out responses written to samples.jsonl at each look."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """Prompts that PPO does not train on, and what their responses are judged by."""
+
+    prompts: Sequence[TokenizedPrompt]
+    reward_fn: RewardFunction | None = None
+    gold: GoldFunction | None = None
+
+    def look(
+        self, model: HydraModel, chat: ChatFormat, config: PPOConfig, *, seed: int, after_token: Callable[[], None]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics `eval/*` and a few responses. The random stream is the same at every look, so looks can be compared."""
+        rows = range(min(config.num_eval_prompts, len(self.prompts)))
+        rollout = sample_and_score(
+            model,
+            chat,
+            "actor",
+            [self.prompts[row] for row in rows],
+            config,
+            stream=(seed, "held_out"),
+            reward_fn=self.reward_fn,
+            after_token=after_token,
+        )
+        seen = summarise(rollout)
+        metrics = {
+            "eval/score": seen["score/mean"],
+            "eval/kl": seen["kl/reference"],
+            "eval/response_tokens": seen["response/tokens_mean"],
+            "eval/eos_frac": seen["response/eos_frac"],
+        }
+        pairs = list(zip(rollout.prompts.texts, rollout.responses, strict=True))
+        golds = [self.gold(prompt, response) for prompt, response in pairs] if self.gold is not None else None
+        if golds is not None:
+            metrics["eval/gold"] = sum(golds) / len(golds)
+        kl = sequence_kl(rollout)
+        samples = [
+            {
+                "prompt_index": i,
+                "prompt": pairs[i][0],
+                "response": pairs[i][1],
+                "score": rollout.scores[i].item(),
+                "kl": kl[i].item(),
+                **({"gold": golds[i]} if golds is not None else {}),
+            }
+            for i in range(min(NUM_LOGGED, len(pairs)))
+        ]
+        return metrics, samples
+
+
+def sample_and_score(
+    model: HydraModel,
+    chat: ChatFormat,
+    role: str,
+    prompts: Sequence[TokenizedPrompt],
+    config: PPOConfig,
+    *,
+    stream: tuple[int | str, ...],
+    reward_fn: RewardFunction | None,
+    after_token: Callable[[], None] = lambda: None,
+) -> Rollout:
+    """One response of `role` to every prompt, looked at by every role; decoded in groups of a rollout batch."""
+    batch = prompt_batch(prompts, range(len(prompts)), 1, model.pad_id, model.device)
+    responses = sample_responses(model, chat, role, batch, config.sampling, stream=stream, after_token=after_token)
+    return collect_rollout(
+        model,
+        batch,
+        responses,
+        config.reward,
+        temperature=config.sampling.temperature,
+        micro_batch_tokens=config.micro_batch_tokens,
+        reward_fn=reward_fn,
+    )

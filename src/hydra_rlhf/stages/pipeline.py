@@ -1,0 +1,233 @@
+"""A recipe's stages in order, each skipped if already finished: data, stage 1, PPO, evaluation."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hydra_rlhf.config import Recipe, SupervisedConfig
+from hydra_rlhf.data.formats import ChatFormat, chat_format
+from hydra_rlhf.data.scratch_tokenizer import scratch_tokenizer
+from hydra_rlhf.errors import ConfigError
+from hydra_rlhf.model.export import load_peft_adapter, save_stage1
+from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.model.roles import ROLES, STAGE1_TABLES, RoleTable, stage1_models, without_roles
+from hydra_rlhf.model.trunk import Trunk, load_tokenizer, load_trunk, scratch_trunk
+from hydra_rlhf.runtime.randomness import seed_for
+from hydra_rlhf.runtime.run import Run
+from hydra_rlhf.stages import hydra_sft, reward_model, sft
+from hydra_rlhf.stages.datasets import Datasets, RawData, load_raw, tokenize
+from hydra_rlhf.stages.examples import Example
+from hydra_rlhf.stages.finish import evaluate_run, record_costs, save_policy
+from hydra_rlhf.stages.held_out import HeldOut
+from hydra_rlhf.stages.ppo import train_ppo_stage
+from hydra_rlhf.stages.rollout import RewardFunction, load_reward_fn
+from hydra_rlhf.stages.session import Session
+from hydra_rlhf.stages.supervised import Loss, train_supervised
+
+SCRATCH = "scratch:"
+ALL_STAGES = ("sft", "reward_model", "hydra_sft", "ppo", "evaluation")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What every stage of a run needs."""
+
+    recipe: Recipe
+    run: Run
+    session: Session
+    raw: RawData
+    tokenizer: PreTrainedTokenizerBase
+    reward_fn: RewardFunction | None
+    trust_remote_code: bool
+
+    @property
+    def table(self) -> RoleTable:
+        return method_table(self.recipe)
+
+
+def run_recipe(
+    recipe: Recipe, *, resume: bool = False, until: str = "evaluation", trust_remote_code: bool = False
+) -> Path:
+    """Run a recipe up to and including stage `until`; returns the run folder.
+
+    Settings and data are checked before the run folder is made or any weight is loaded.
+    """
+    check_start(recipe)
+    reward_fn = load_reward_fn(recipe.ppo.reward.reward_fn)
+    raw = load_raw(recipe.data, seed=recipe.seed)
+    started = time.monotonic()
+    with Run.open(recipe, resume=resume) as run:
+        settle_machine(run)
+        job = Job(
+            recipe=recipe,
+            run=run,
+            session=Session(run),
+            raw=raw,
+            tokenizer=find_tokenizer(recipe, run, raw, trust_remote_code=trust_remote_code),
+            reward_fn=reward_fn,
+            trust_remote_code=trust_remote_code,
+        )
+        try:
+            run_stages(job, ALL_STAGES.index(until))
+        finally:
+            record_costs(run, job.session, time.monotonic() - started)
+    return run.folder
+
+
+def run_stages(job: Job, last: int) -> None:
+    """Stage 1 models, PPO, evaluation, up to number `last` of `ALL_STAGES`."""
+    folders: dict[str, str] = {}
+    for stage in stages_before_ppo(job.recipe):
+        job.session.stop.check()
+        given = getattr(job.recipe.start, stage)
+        folders[stage] = given or str(job.run.folder / stage)
+        if given is None and not job.run.stage_done(stage) and ALL_STAGES.index(stage) <= last:
+            train_stage1(job, stage, folders)
+    if last < ALL_STAGES.index("ppo") or (job.run.stage_done("ppo") and job.run.stage_done("evaluation")):
+        return
+    job.session.stop.check()
+    model = HydraModel.from_stage1(
+        job.table,
+        folders,
+        model=job.recipe.model,
+        lora=job.recipe.lora,
+        seed=job.recipe.seed,
+        trust_remote_code=job.trust_remote_code,
+    )
+    chat, data = prepare_data(job, model)
+    if not job.run.stage_done("ppo"):
+        held_out = HeldOut(prompts=data.test_prompts, reward_fn=job.reward_fn, gold=job.raw.gold)
+        train_ppo_stage(
+            job.session,
+            model,
+            chat,
+            data.train_prompts,
+            job.recipe.ppo,
+            seed=job.recipe.seed,
+            reward_fn=job.reward_fn,
+            held_out=held_out,
+        )
+        save_policy(model, job.run.folder / "ppo")
+        job.run.finish_stage("ppo")
+    if last >= ALL_STAGES.index("evaluation"):
+        evaluate_run(job.session, job.run, model, chat, data, job.raw, reward_fn=job.reward_fn)
+
+
+def train_stage1(job: Job, stage: str, folders: dict[str, str]) -> None:
+    """Train one stage-1 model and write it to the run folder."""
+    recipe = job.recipe
+    trunk = first_trunk(job, stage, folders)
+    table = STAGE1_TABLES[stage]
+    if stage == "sft" and recipe.start.sft_adapter is not None:
+        load_peft_adapter(trunk, "start", Path(recipe.start.sft_adapter))
+        trunk.merge_adapter("start")
+        job.run.begin_stage(stage)
+        save_stage1(job.run.folder / stage, trunk, job.tokenizer, None)
+        job.run.finish_stage(stage)
+        return
+    if recipe.model.gradient_checkpointing:
+        trunk.enable_checkpointing()
+    name = next(iter(table.values())).trunk
+    model = HydraModel(table, {name: trunk}, job.tokenizer, lora=recipe.lora, seed=recipe.seed)
+    _, data = prepare_data(job, model)
+    config: SupervisedConfig = getattr(recipe, stage)
+    train_supervised(
+        job.session,
+        model,
+        stage1_examples(stage, data),
+        config,
+        stage=stage,
+        loss=stage1_loss(stage, recipe),
+        lora=recipe.lora,
+        seed=recipe.seed,
+        held_out=data.test_pairs,
+    )
+    head = model.scalar_head(name, "reward") if "reward" in table else None
+    save_stage1(job.run.folder / stage, model.trunk(name), job.tokenizer, head)
+    job.run.finish_stage(stage)
+
+
+def first_trunk(job: Job, stage: str, folders: dict[str, str]) -> Trunk:
+    """What a stage-1 model starts from: the SFT model where there is one already, else the base."""
+    model = job.recipe.model
+    path = folders.get("sft", model.path) if stage != "sft" else model.path
+    if path.startswith(SCRATCH):
+        seed = seed_for(job.recipe.seed, "scratch") % 2**32
+        return scratch_trunk(path.removeprefix(SCRATCH), job.tokenizer, model, seed=seed)
+    return load_trunk(path, model, trust_remote_code=job.trust_remote_code)
+
+
+def stage1_loss(stage: str, recipe: Recipe) -> Loss:
+    """The loss of a stage-1 model."""
+    losses: dict[str, Loss] = {
+        "sft": sft.loss,
+        "reward_model": reward_model.loss,
+        "hydra_sft": hydra_sft.with_coef(recipe.hydra_sft.reward_loss_coef),
+    }
+    return losses[stage]
+
+
+def stage1_examples(stage: str, data: Datasets) -> list[Example]:
+    """Pairs where a reward head is trained, demonstrations where none is."""
+    return list(data.train_pairs if "reward" in STAGE1_TABLES[stage] else data.demonstrations)
+
+
+def prepare_data(job: Job, model: HydraModel) -> tuple[ChatFormat, Datasets]:
+    """The chat format of a model's tokenizer, and every row as ids; writes data.json."""
+    chat = chat_format(job.recipe.data, model.tokenizer, job.raw.train.prompts, eos_id=model.eos_id)
+    data = tokenize(job.raw, chat)
+    job.run.write_json("data.json", data.summary)
+    return chat, data
+
+
+def method_table(recipe: Recipe) -> RoleTable:
+    """The recipe's table, without a reward role where only a reward function scores."""
+    table = ROLES[recipe.method]
+    return table if recipe.ppo.reward.reward_model_coef else without_roles(table, "reward")
+
+
+def stages_before_ppo(recipe: Recipe) -> tuple[str, ...]:
+    """Stage-1 models of a recipe in order; with an SFT start, that comes first and the rest starts from it."""
+    needed = stage1_models(method_table(recipe))
+    starts_from_sft = recipe.start.sft is not None or recipe.start.sft_adapter is not None
+    return needed if "sft" in needed or not starts_from_sft else ("sft", *needed)
+
+
+def check_start(recipe: Recipe) -> None:
+    """Raise `ConfigError` for a start that the recipe's method has no use for."""
+    start, needed = recipe.start, stage1_models(method_table(recipe))
+    if start.sft is not None and start.sft_adapter is not None:
+        raise ConfigError("start.sft and start.sft_adapter both name the SFT model; remove one of them")
+    for stage in ("reward_model", "hydra_sft"):
+        if getattr(start, stage) is not None and stage not in needed:
+            raise ConfigError(
+                f"start.{stage}={getattr(start, stage)!r} has no place in method={recipe.method}, which starts from "
+                f"{' and '.join(needed)}; remove it or choose another method"
+            )
+
+
+def find_tokenizer(recipe: Recipe, run: Run, raw: RawData, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; a scratch model's is trained on the data once and kept in the run folder."""
+    start = recipe.start
+    path = start.hydra_sft or start.sft or recipe.model.path
+    if not path.startswith(SCRATCH):
+        return load_tokenizer(path, recipe.model, trust_remote_code=trust_remote_code)
+    folder = run.folder / "tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        scratch_tokenizer(raw.texts(), recipe.model.scratch_vocab_size).save_pretrained(folder)
+    return load_tokenizer(str(folder), recipe.model)
+
+
+def settle_machine(run: Run) -> None:
+    """Fix what changes summation order, once per run: a resumed run uses the thread count it began with."""
+    machine = run.folder / "machine.json"
+    if not machine.exists():
+        run.write_json(machine.name, {"num_threads": run.recipe.runtime.num_threads or torch.get_num_threads()})
+    torch.set_num_threads(run.read_json(machine.name)["num_threads"])
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    torch.use_deterministic_algorithms(run.recipe.runtime.deterministic)
+

@@ -1,0 +1,165 @@
+"""THE PPO loop: act, judge, learn, record. One loop for every method; what differs is in the table of roles."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hydra_rlhf.algorithms.advantages import explained_variance, gae
+from hydra_rlhf.algorithms.kl import kl_estimate, next_kl_coef
+from hydra_rlhf.algorithms.masking import standardize
+from hydra_rlhf.algorithms.rewards import shape_scores, token_rewards, update_moments
+from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
+from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.records import PPOTargets, Rollout
+from hydra_rlhf.stages.held_out import HeldOut
+from hydra_rlhf.stages.ppo_state import PPOState, build_optimizers, restore, save
+from hydra_rlhf.stages.ppo_update import update
+from hydra_rlhf.stages.rollout import (
+    RewardFunction,
+    collect_rollout,
+    prompt_batch,
+    prompt_rows,
+    sample_responses,
+    sequence_kl,
+    summarise,
+)
+from hydra_rlhf.stages.session import Session, due
+from hydra_rlhf.stages.timing import Stopwatch
+
+
+def train_ppo_stage(
+    session: Session,
+    model: HydraModel,
+    chat: ChatFormat,
+    prompts: Sequence[TokenizedPrompt],
+    config: PPOConfig,
+    *,
+    seed: int,
+    reward_fn: RewardFunction | None = None,
+    held_out: HeldOut | None = None,
+) -> PPOState:
+    """Stage 2 on a model that stage 1 left. Resumes from the run's newest checkpoint; returns the final state."""
+    optimizers = build_optimizers(model, config)
+    state = restore(session.begin("ppo"), model, optimizers) or PPOState(kl_coef=config.kl_coef)
+    with session.progress("ppo", config.num_steps, done=state.step) as progress:
+        while state.step < config.num_steps:
+            session.stop.check()
+            watch = Stopwatch(session.memory)
+
+            # Act: sample responses, then let every role look at them once.
+            with watch.phase("rollout"):
+                rows = prompt_rows(len(prompts), config.rollout_batch_size, state.step, seed, "ppo")
+                batch = prompt_batch(prompts, rows, config.samples_per_prompt, model.pad_id, model.device)
+                stream = (seed, "ppo", state.step)
+                responses = sample_responses(
+                    model, chat, "actor", batch, config.sampling, stream=stream, after_token=session.stop.check
+                )
+            with watch.phase("score"):
+                rollout = collect_rollout(
+                    model,
+                    batch,
+                    responses,
+                    config.reward,
+                    temperature=config.sampling.temperature,
+                    micro_batch_tokens=config.micro_batch_tokens,
+                    reward_fn=reward_fn,
+                )
+
+            # Judge: turn scores and token KL into rewards, and rewards into advantages and returns.
+            moments = update_moments(state.moments, rollout.scores)
+            targets = judge(
+                rollout, config, kl_coef=state.kl_coef, scale=moments.scale if config.reward.normalize else 1.0
+            )
+
+            # Learn: a few passes of clipped updates over the same rollout.
+            with watch.phase("update"):
+                metrics = update(model, optimizers, rollout, targets, config, step=state.step, seed=seed)
+
+            # Record: log, steer the KL coefficient, look at held-out prompts, save.
+            metrics |= describe(rollout, targets, kl_coef=state.kl_coef)
+            num_tokens = int(rollout.batch.response_mask.sum())
+            metrics |= watch.metrics({"rollout": num_tokens, "update": num_tokens * config.num_epochs})
+            state = replace(
+                state,
+                step=state.step + 1,
+                moments=moments,
+                kl_coef=steered_kl_coef(config, state.kl_coef, metrics["kl/reference"], len(rollout.responses)),
+            )
+            if held_out is not None and config.eval_every and due(config.eval_every, state.step, config.num_steps):
+                seen, samples = held_out.look(model, chat, config, seed=seed, after_token=session.stop.check)
+                metrics |= seen
+                if state.best_score is None or seen["eval/score"] > state.best_score:
+                    state = replace(state, best_step=state.step, best_score=seen["eval/score"])
+                for sample in samples:
+                    session.log_sample({"stage": "ppo", "step": state.step, "kind": "held_out", **sample})
+            for sample in sample_rows(rollout, config.num_logged_samples):
+                session.log_sample({"stage": "ppo", "step": state.step, "kind": "rollout", **sample})
+            session.log("ppo", state.step, metrics)
+            progress.advance(num_tokens, {"score": metrics["score/mean"], "KL": metrics["kl/reference"]})
+            is_best = state.best_step == state.step
+            if due(config.save_every, state.step, config.num_steps) or is_best or session.stop.requested:
+                save(session, model, optimizers, state)
+    return state
+
+
+def judge(rollout: Rollout, config: PPOConfig, *, kl_coef: float, scale: float) -> PPOTargets:
+    """Rewards, advantages and returns of a rollout; `scale` divides scores (running standard deviation, or 1)."""
+    mask = rollout.batch.response_mask
+    estimator = config.kl_estimator or {"reward": "k1", "loss": "k2"}[config.kl_in]
+    in_reward = estimator != "none" and config.kl_in == "reward"
+    shaped = shape_scores(
+        rollout.scores,
+        rollout.ended,
+        clip=config.reward.clip,
+        missing_eos_penalty=config.reward.missing_eos_penalty,
+        scale=scale,
+    )
+    if in_reward:
+        kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator)  # pyright: ignore[reportArgumentType]
+    else:
+        kl = torch.zeros_like(rollout.logprobs)
+    rewards = token_rewards(shaped, rollout.dense_rewards / scale, kl, mask, kl_coef=kl_coef)
+    advantages, returns = gae(rewards, rollout.values, mask, discount=config.discount, gae_lambda=config.gae_lambda)
+    in_loss = estimator != "none" and config.kl_in == "loss"
+    return PPOTargets(
+        rewards=rewards,
+        advantages=standardize(advantages, mask),
+        returns=returns,
+        kl_coef=kl_coef if in_loss else 0.0,
+    )
+
+
+def steered_kl_coef(config: PPOConfig, kl_coef: float, measured_kl: float, num_sequences: int) -> float:
+    """The next step's KL coefficient: adaptive with `kl_target`, else unchanged."""
+    if config.kl_target is None:
+        return kl_coef
+    return next_kl_coef(
+        kl_coef, measured_kl, target=config.kl_target, horizon=config.kl_horizon, num_sequences=num_sequences
+    )
+
+
+def describe(rollout: Rollout, targets: PPOTargets, *, kl_coef: float) -> dict[str, float]:
+    """Metrics of a rollout and of what it is learned from."""
+    mask = rollout.batch.response_mask
+    return {
+        **summarise(rollout),
+        "reward/mean": torch.where(mask, targets.rewards, 0.0).sum(dim=1).mean().item(),
+        "kl/coef": kl_coef,
+        "ppo/explained_variance": explained_variance(rollout.values, targets.returns, mask).item(),
+    }
+
+
+def sample_rows(rollout: Rollout, num_samples: int) -> Iterator[dict[str, Any]]:
+    """The first rows of a rollout as text with score and KL (nats)."""
+    kl = sequence_kl(rollout)
+    for i in range(min(num_samples, len(rollout.responses))):
+        yield {
+            "prompt_index": int(rollout.prompts.prompt_index[i]),
+            "prompt": rollout.prompts.texts[i],
+            "response": rollout.responses[i],
+            "score": rollout.scores[i].item(),
+            "kl": kl[i].item(),
+        }

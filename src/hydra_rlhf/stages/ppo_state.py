@@ -1,0 +1,96 @@
+"""What PPO keeps between steps besides the model: optimizers, controller, running moments, the best step so far."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from hydra_rlhf.algorithms.rewards import Moments
+from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.errors import CheckpointError
+from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.model.roles import TRAINABLE_ROLES, passes
+from hydra_rlhf.runtime.checkpoint import Checkpoint
+from hydra_rlhf.runtime.optimizer import Optimizer, ParamGroup, learning_rate_factor
+from hydra_rlhf.stages.session import Session
+
+TrainPass = tuple[str, str | None]
+"""(trunk, adapter): the roles that learn in one trunk pass share an optimizer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PPOState:
+    """What a PPO step changes besides tensors; saved with them."""
+
+    step: int = 0
+    """PPO steps done."""
+    kl_coef: float
+    """Current coefficient; moves only with `kl_target`."""
+    moments: Moments = Moments()
+    """Running moments of the scores, for `reward.normalize`."""
+    best_step: int | None = None
+    """Step with the best held-out score so far."""
+    best_score: float | None = None
+    """Its held-out score."""
+
+
+def build_optimizers(model: HydraModel, config: PPOConfig) -> dict[TrainPass, Optimizer]:
+    """One optimizer per pass that learns, with groups `<role>/adapter`, `<role>/trunk` and `<role>/head`.
+
+    A LoRA set that actor and critic share belongs to the actor's group. Whole trunks learn at their role's rate times
+    `full_learning_rate_scale`.
+    """
+    num_minibatches = config.rollout_batch_size * config.samples_per_prompt // config.minibatch_size
+    num_updates = config.num_steps * config.num_epochs * num_minibatches
+    rates = {"actor": config.actor_learning_rate, "critic": config.critic_learning_rate}
+    learning = {role: model.table[role] for role in TRAINABLE_ROLES if role in model.table}
+    optimizers: dict[TrainPass, Optimizer] = {}
+    for train_pass, roles in passes(learning).items():
+        groups: list[ParamGroup] = []
+        taken: set[int] = set()
+        for role in roles:
+            rate_of = {
+                "adapter": rates[role],
+                "trunk": rates[role] * config.full_learning_rate_scale,
+                "head": config.value_head_learning_rate,
+            }
+            for kind, parameters in model.trained_parameters(role).items():
+                own = {name: p for name, p in parameters.items() if id(p) not in taken}
+                taken |= {id(p) for p in own.values()}
+                if own:
+                    groups.append(ParamGroup(f"{role}/{kind}", own, rate_of[kind]))
+        optimizers[train_pass] = Optimizer(
+            groups,
+            betas=config.adam_betas,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            factor=learning_rate_factor(config.schedule, math.ceil(config.warmup_frac * num_updates), num_updates),
+        )
+    return optimizers
+
+
+def save(session: Session, model: HydraModel, optimizers: Mapping[TrainPass, Optimizer], state: PPOState) -> None:
+    """Commit everything the next step depends on; the best step's checkpoint is never pruned."""
+    tensors: dict[str, dict[str, Tensor]] = {"model": model.trained_state()}
+    tensors |= {f"optimizer-{i}": optimizer.state() for i, optimizer in enumerate(optimizers.values())}
+    protect = set() if state.best_step is None else {state.best_step}
+    session.save("ppo", state.step, tensors, asdict(state), protect=protect)
+
+
+def restore(
+    checkpoint: Checkpoint | None, model: HydraModel, optimizers: Mapping[TrainPass, Optimizer]
+) -> PPOState | None:
+    """Load a checkpoint into model and optimizers; None where there is none. Raises `CheckpointError` if it does not fit."""
+    if checkpoint is None:
+        return None
+    names = {"model", *(f"optimizer-{i}" for i in range(len(optimizers)))}
+    if set(checkpoint.tensors) != names:
+        raise CheckpointError(
+            f"checkpoint of step {checkpoint.step} holds {sorted(checkpoint.tensors)}, not {sorted(names)}"
+        )
+    model.load_trained_state(checkpoint.tensors["model"])
+    for i, optimizer in enumerate(optimizers.values()):
+        optimizer.load_state(checkpoint.tensors[f"optimizer-{i}"])
+    saved = {name: checkpoint.state[name] for name in PPOState.__dataclass_fields__}
+    return PPOState(**(saved | {"moments": Moments(**saved["moments"])}))

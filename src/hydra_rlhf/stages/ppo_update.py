@@ -1,0 +1,161 @@
+"""The learning half of a PPO step: minibatches, micro-batches, the losses of the roles that share a pass."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hydra_rlhf.algorithms.losses import entropy_bonus, kl_loss, ppo_policy_loss, ppo_value_loss
+from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.errors import NonFiniteError
+from hydra_rlhf.model.hydra import HydraModel, RoleOutput
+from hydra_rlhf.model.roles import TRAINABLE_ROLES, passes
+from hydra_rlhf.records import LossOutput, PPOTargets, Rollout
+from hydra_rlhf.runtime.metrics import Accumulator
+from hydra_rlhf.runtime.optimizer import Optimizer
+from hydra_rlhf.runtime.randomness import permutation
+from hydra_rlhf.stages.micro_batches import micro_batches
+from hydra_rlhf.stages.ppo_state import TrainPass
+
+MAX_SKIPPED_IN_A_ROW = 3
+"""Optimizer steps in a row without finite loss and gradient after which a run stops."""
+
+
+def update(
+    model: HydraModel,
+    optimizers: Mapping[TrainPass, Optimizer],
+    rollout: Rollout,
+    targets: PPOTargets,
+    config: PPOConfig,
+    *,
+    step: int,
+    seed: int,
+) -> dict[str, float]:
+    """`num_epochs` passes of minibatch steps, role by role, so that one role's activations live at a time.
+
+    Sums over a minibatch's micro-batches are divided by the minibatch's token count. Returns metrics averaged over the
+    minibatch steps that were done.
+    """
+    warming_up = step < config.critic_warmup_steps and "critic" in model.table
+    learning = [role for role in TRAINABLE_ROLES if role in model.table and not (warming_up and role == "actor")]
+    num_sequences = len(rollout.responses)
+    mask = rollout.batch.response_mask
+    totals, done, stopped = Accumulator(), 0, False
+    planned = config.num_epochs * (num_sequences // config.minibatch_size)
+    model.train()
+    for epoch in range(config.num_epochs):
+        order = permutation(num_sequences, seed, "ppo", step, "minibatches", epoch)
+        for start in range(0, num_sequences, config.minibatch_size):
+            rows = order[start : start + config.minibatch_size]
+            num_tokens = int(mask[rows].sum())
+            for train_pass, roles in passes({role: model.table[role] for role in learning}).items():
+                losses = Accumulator()
+                for index, micro_batch in micro_batches(rollout.batch, config.micro_batch_tokens, rows):
+                    outputs = model.evaluate(micro_batch, roles, temperature=config.sampling.temperature)
+                    loss = joined_loss(outputs, index, micro_batch.response_mask, rollout, targets, config, num_tokens)
+                    loss.loss.backward()
+                    losses.add(loss.metrics)
+                seen = losses.result()
+                if config.max_update_kl is not None and seen.get("kl/update", 0.0) > config.max_update_kl:
+                    optimizers[train_pass].zero_grad()
+                    stopped = True
+                    break
+                groups = (
+                    None
+                    if "actor" in roles
+                    else [g for g in optimizers[train_pass].group_names if g.startswith("critic/")]
+                )
+                totals.add(seen | apply(optimizers[train_pass], seen, groups, tuple(roles)))
+            if stopped:
+                break
+            done += 1
+        if stopped:
+            break
+    model.eval()
+    means = {k: v if k.endswith(("_max", "_min")) or done == 0 else v / done for k, v in totals.result().items()}
+    means["optim/skipped_steps"] = float(sum(optimizer.num_skipped for optimizer in optimizers.values()))
+    return means | {"ppo/update_frac": done / planned}
+
+
+def joined_loss(
+    outputs: dict[str, RoleOutput],
+    index: Tensor,
+    mask: Tensor,
+    rollout: Rollout,
+    targets: PPOTargets,
+    config: PPOConfig,
+    num_tokens: int,
+) -> LossOutput:
+    """The sum of the losses of the roles that share one trunk pass; alone, each role's own loss unweighted."""
+    width = mask.shape[1]
+
+    def cut(x: Tensor) -> Tensor:
+        return x[index, :width]
+
+    parts: list[tuple[float, LossOutput]] = []
+    if "actor" in outputs:
+        new_logprobs, entropy = outputs["actor"].logprobs, outputs["actor"].entropy
+        assert new_logprobs is not None
+        assert entropy is not None
+        policy = ppo_policy_loss(
+            new_logprobs,
+            cut(rollout.logprobs),
+            cut(targets.advantages),
+            mask,
+            clip_range=config.clip_range,
+            num_tokens=num_tokens,
+        )
+        parts.append((1.0, logged("loss/policy", policy)))
+        if targets.kl_coef:
+            estimator = config.kl_estimator or "k2"
+            assert estimator != "none"
+            kl = kl_loss(new_logprobs, cut(rollout.ref_logprobs), mask, estimator=estimator, num_tokens=num_tokens)
+            parts.append((targets.kl_coef, logged("loss/kl", kl)))
+        if config.entropy_coef:
+            bonus = entropy_bonus(entropy, mask, num_tokens=num_tokens)
+            parts.append((config.entropy_coef, logged("loss/entropy", bonus)))
+    if "critic" in outputs:
+        new_values = outputs["critic"].values
+        assert new_values is not None
+        value = ppo_value_loss(
+            new_values,
+            cut(rollout.values),
+            cut(targets.returns),
+            mask,
+            clip_range=config.value_clip_range,
+            num_tokens=num_tokens,
+        )
+        parts.append((config.value_coef if "actor" in outputs else 1.0, logged("loss/value", value)))
+    total = torch.stack([weight * part.loss for weight, part in parts]).sum()
+    return LossOutput(loss=total, metrics={key: value for _, part in parts for key, value in part.metrics.items()})
+
+
+def logged(key: str, output: LossOutput) -> LossOutput:
+    """The same loss with its own value among its metrics."""
+    return LossOutput(loss=output.loss, metrics=output.metrics | {key: output.loss.detach()})
+
+
+def apply(
+    optimizer: Optimizer, losses: Mapping[str, float], groups: list[str] | None, roles: tuple[str, ...]
+) -> dict[str, float]:
+    """One optimizer step, skipped where a loss or the gradient is not finite.
+
+    Raises `NonFiniteError` after `MAX_SKIPPED_IN_A_ROW` skipped steps; the parameters are those of the last good step.
+    """
+    if all(math.isfinite(value) for key, value in losses.items() if key.startswith("loss/")):
+        result = optimizer.step(groups)
+    else:
+        result = optimizer.skip()
+    if optimizer.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise NonFiniteError(
+            f"{optimizer.num_skipped_in_a_row} optimizer steps in a row of {' and '.join(roles)} had a loss or gradient that "
+            f"is not finite ({dict(losses)}); lower the learning rates or clip scores, then continue with --resume"
+        )
+    metrics: dict[str, float] = {}
+    for role in roles:
+        metrics[f"optim/{role}_grad_norm"] = result.grad_norm
+        rates = [rate for group, rate in result.learning_rates.items() if group.startswith(f"{role}/")]
+        if rates:
+            metrics[f"optim/{role}_learning_rate"] = rates[0]
+    return metrics

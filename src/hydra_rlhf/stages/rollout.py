@@ -1,0 +1,277 @@
+"""Prompts -> responses -> what every role says about them: the acting half of a PPO step."""
+
+import importlib
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hydra_rlhf.config import RewardConfig, SamplingConfig
+from hydra_rlhf.data.collate import left_pad_prompts
+from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
+from hydra_rlhf.errors import ConfigError, RewardFunctionError
+from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.model.sample import sample_tokens
+from hydra_rlhf.records import PromptBatch, Rollout, TokenBatch
+from hydra_rlhf.runtime.randomness import permutation, uniforms
+from hydra_rlhf.stages.micro_batches import micro_batches
+
+RewardFunction = Callable[..., Sequence[float] | Sequence[Sequence[float]]]
+"""`(prompts, responses, **columns) -> one float per response, or one list of per-token floats per response`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Responses:
+    """Sampled responses joined to their prompts."""
+
+    batch: TokenBatch
+    texts: list[str]
+    """The responses as text, without the stop token."""
+    ended: Bool[Tensor, " b"]
+    """True where the response ends in a stop token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """What roles say about a whole batch, put together from micro-batches; zero where a role was not asked."""
+
+    logprobs: Float[Tensor, "b r"]
+    entropy: Float[Tensor, "b r"]
+    ref_logprobs: Float[Tensor, "b r"]
+    values: Float[Tensor, "b r"]
+    scores: Float[Tensor, " b"]
+
+
+def prompt_rows(num_prompts: int, batch_size: int, step: int, *seed: int | str) -> list[int]:
+    """Which prompts PPO step `step` (from 0) uses: shuffled epochs laid end to end, cut into batches."""
+    rows: list[int] = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, num_prompts)
+        if not rows or place == 0:
+            order = permutation(num_prompts, *seed, "prompts", epoch)
+        rows.append(order[place])  # pyright: ignore[reportPossiblyUnboundVariable]
+    return rows
+
+
+def prompt_batch(
+    prompts: Sequence[TokenizedPrompt], rows: Sequence[int], samples_per_prompt: int, pad_id: int, device: torch.device
+) -> PromptBatch:
+    """Collate the prompts at `rows`, each `samples_per_prompt` times; repeats of a prompt get further sample numbers."""
+    repeated = [row for row in rows for _ in range(samples_per_prompt)]
+    seen: Counter[int] = Counter()
+    sample_index: list[int] = []
+    for row in repeated:
+        sample_index.append(seen[row])
+        seen[row] += 1
+    batch = left_pad_prompts([prompts[row] for row in repeated], repeated, pad_id)
+    return replace(
+        batch,
+        tokens=batch.tokens.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        sample_index=torch.tensor(sample_index),
+    )
+
+
+def sample_responses(
+    model: HydraModel,
+    chat: ChatFormat,
+    role_name: str,
+    prompts: PromptBatch,
+    sampling: SamplingConfig,
+    *,
+    stream: tuple[int | str, ...],
+    after_token: Callable[[], None] = lambda: None,
+) -> Responses:
+    """Sample one response per row from a role with an LM head; `stream` names the random stream (run seed, step, ...).
+
+    Each sequence draws from a stream of its own, (stream, prompt, sample), so neither the batch nor `batch_rows` matters.
+    """
+    role = model.table[role_name]
+    stop_ids = model.stop_ids(sampling.stop_token_ids)
+    pad_id = model.pad_id
+    keys = zip(prompts.prompt_index.tolist(), prompts.sample_index.tolist(), strict=True)
+    draws = torch.stack([uniforms(sampling.max_response_tokens, *stream, *key) for key in keys])
+    num_rows = len(prompts.texts)
+    size = sampling.batch_rows or num_rows
+    parts = [
+        sample_tokens(
+            model.trunk(role.trunk),
+            role.adapter,
+            prompts.tokens[i : i + size],
+            prompts.attention_mask[i : i + size],
+            draws[i : i + size].to(prompts.tokens.device),
+            sampling,
+            stop_ids=stop_ids,
+            pad_id=pad_id,
+            after_token=after_token,
+        )
+        for i in range(0, num_rows, size)
+    ]
+    width = max(part.tokens.shape[1] for part in parts)
+
+    def widen(x: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
+
+    tokens = torch.cat([widen(part.tokens, pad_id) for part in parts])
+    mask = torch.cat([widen(part.mask, False) for part in parts])
+    texts = [
+        chat.decode_response(row[keep].tolist(), stop_ids) for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)
+    ]
+    batch = TokenBatch(
+        tokens=torch.cat([prompts.tokens, tokens], dim=1),
+        attention_mask=torch.cat([prompts.attention_mask, mask], dim=1),
+        response_mask=mask,
+    )
+    return Responses(batch=batch, texts=texts, ended=torch.cat([part.ended for part in parts]))
+
+
+@torch.no_grad()
+def score_roles(
+    model: HydraModel, batch: TokenBatch, roles: Iterable[str], *, temperature: float, micro_batch_tokens: int
+) -> Scored:
+    """What the named roles say about every row, with one trunk pass per (trunk, adapter) and micro-batch."""
+    names = list(roles)
+    shape, device = batch.response_mask.shape, batch.tokens.device
+    field_of = {
+        "actor": ("logprobs", "entropy"),
+        "reference": ("logprobs",),
+        "critic": ("values",),
+        "reward": ("scores",),
+    }
+    target_of = {("reference", "logprobs"): "ref_logprobs"}
+    fields: dict[str, Tensor] = {
+        name: torch.zeros(shape, device=device) for name in ("logprobs", "entropy", "ref_logprobs", "values")
+    }
+    fields["scores"] = torch.zeros(shape[0], device=device)
+    for rows, micro_batch in micro_batches(batch, micro_batch_tokens):
+        outputs = model.evaluate(micro_batch, names, temperature=temperature)
+        width = micro_batch.response_mask.shape[1]
+        for role in names:
+            for field in field_of[role]:
+                value = getattr(outputs[role], field)
+                target = fields[target_of.get((role, field), field)]
+                if value.dim() == 1:
+                    target[rows] = value
+                else:
+                    target[rows, :width] = value
+    return Scored(**fields)
+
+
+def collect_rollout(
+    model: HydraModel,
+    prompts: PromptBatch,
+    responses: Responses,
+    reward: RewardConfig,
+    *,
+    temperature: float,
+    micro_batch_tokens: int,
+    reward_fn: RewardFunction | None,
+) -> Rollout:
+    """Let every role of the method's table look once at the sampled responses, and add up their scores."""
+    scored = score_roles(
+        model, responses.batch, model.table, temperature=temperature, micro_batch_tokens=micro_batch_tokens
+    )
+    scores = reward.reward_model_coef * scored.scores
+    dense = torch.zeros_like(scored.logprobs)
+    if reward_fn is not None:
+        scores_fn, dense_fn = call_reward_fn(reward_fn, prompts, responses)
+        scores = scores + reward.reward_fn_coef * scores_fn
+        dense = reward.reward_fn_coef * dense_fn
+    return Rollout(
+        batch=responses.batch,
+        prompts=prompts,
+        responses=responses.texts,
+        ended=responses.ended,
+        logprobs=scored.logprobs,
+        ref_logprobs=scored.ref_logprobs,
+        values=torch.where(responses.batch.response_mask, scored.values, 0.0),
+        entropy=scored.entropy,
+        scores=scores,
+        dense_rewards=dense,
+    )
+
+
+def load_reward_fn(name: str | None) -> RewardFunction | None:
+    """Import a reward function named `module:function`; the working folder is searched too. Raises `ConfigError`."""
+    if name is None:
+        return None
+    module_name, separator, function_name = name.partition(":")
+    if not separator or not function_name:
+        raise ConfigError(f"ppo.reward.reward_fn={name!r} is not of the form module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"ppo.reward.reward_fn={name!r} cannot be imported: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"ppo.reward.reward_fn={name!r} is a {type(function).__name__}, not a function")
+    return function
+
+
+def call_reward_fn(
+    reward_fn: RewardFunction, prompts: PromptBatch, responses: Responses
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b r"]]:
+    """Scores [b] and per-token rewards [b, r] (zero for a function that returns one float per response).
+
+    A list per response must have one entry per response token, the stop token included. Raises `RewardFunctionError`.
+    """
+    mask = responses.batch.response_mask
+    lengths = mask.sum(dim=1).tolist()
+    try:
+        returned = list(reward_fn(prompts.texts, responses.texts, **prompts.columns))
+    except Exception as error:
+        raise RewardFunctionError(f"the reward function raised {type(error).__name__}: {error}") from error
+    if len(returned) != len(responses.texts):
+        raise RewardFunctionError(
+            f"the reward function returned {len(returned)} values for {len(responses.texts)} responses"
+        )
+    dense = torch.zeros(mask.shape)
+    scores = torch.zeros(len(returned))
+    for i, value in enumerate(returned):
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            if len(value) != lengths[i]:
+                raise RewardFunctionError(f"row {i}: {len(value)} token rewards for {lengths[i]} response tokens")
+            per_token = [checked_number(x, i) for x in value]
+            dense[i, : lengths[i]] = torch.tensor(per_token)
+            scores[i] = sum(per_token)
+        else:
+            scores[i] = checked_number(value, i)
+    return scores.to(mask.device), dense.to(mask.device)
+
+
+def checked_number(value: Any, row: int) -> float:
+    """A finite float, or `RewardFunctionError` saying which response got something else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise RewardFunctionError(f"row {row}: the reward function returned {value!r}, not a number") from None
+    if isinstance(value, str) or not math.isfinite(number):
+        raise RewardFunctionError(f"row {row}: the reward function returned {value!r}; a finite number is needed")
+    return number
+
+
+def sequence_kl(rollout: Rollout) -> Float[Tensor, " b"]:
+    """The k1 estimate of KL(actor || reference) in nats per response, at the sampling temperature."""
+    mask = rollout.batch.response_mask
+    return torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(dim=1)
+
+
+def summarise(rollout: Rollout) -> dict[str, float]:
+    """Score, KL and shape of a rollout, for the log: units as in docs/metrics.md."""
+    mask = rollout.batch.response_mask
+    return {
+        "score/mean": rollout.scores.mean().item(),
+        "score/std": rollout.scores.std(correction=0).item(),
+        "kl/reference": sequence_kl(rollout).mean().item(),
+        "ppo/entropy": (torch.where(mask, rollout.entropy, 0.0).sum() / mask.sum()).item(),
+        "response/tokens_mean": mask.sum(dim=1).float().mean().item(),
+        "response/eos_frac": rollout.ended.float().mean().item(),
+    }

@@ -1,0 +1,93 @@
+"""Every mutant in `tests/mutants.py` must be noticed by the unit tests of its module."""
+
+import importlib
+import importlib.util
+import inspect
+import itertools
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+MODULES = ("masking", "kl", "rewards", "advantages", "losses")
+MIN_MUTANTS = 5
+
+
+def load(path: Path) -> types.ModuleType:
+    """A private copy of a Python file as a module, so that swapping its attributes touches nobody else."""
+    spec = importlib.util.spec_from_file_location(f"mutation_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+mutants = load(TESTS / "mutants.py")
+TEST_MODULES = {name: load(TESTS / "unit" / f"test_{name}.py") for name in MODULES}
+SOURCES = {
+    name: Path(inspect.getfile(importlib.import_module(f"hydra_rlhf.algorithms.{name}"))).read_text(encoding="utf-8")
+    for name in MODULES
+}
+
+
+def calls(test_module: types.ModuleType) -> Iterator[Callable[[], None]]:
+    """Each test of a module, once per combination of its parameters."""
+    for name, function in list(vars(test_module).items()):
+        if not name.startswith("test_"):
+            continue
+        axes = []
+        for mark in getattr(function, "pytestmark", []):
+            if mark.name == "parametrize":
+                names, values = mark.args
+                axes.append([{names: value} for value in values])
+        for choice in itertools.product(*axes):
+            arguments = {name: value for part in choice for name, value in part.items()}
+            yield lambda function=function, arguments=arguments: function(**arguments)
+
+
+def is_killed(module: str, source: str) -> bool:
+    """Whether a test of `module` fails when it is replaced by `source`; other errors than failed tests are raised."""
+    mutated = types.ModuleType(f"hydra_rlhf.algorithms.{module}")
+    exec(compile(source, f"<{module} with a mistake>", "exec"), mutated.__dict__)
+    test_module = TEST_MODULES[module]
+    original = getattr(test_module, module)
+    setattr(test_module, module, mutated)
+    try:
+        for call in calls(test_module):
+            try:
+                call()
+            except (AssertionError, pytest.fail.Exception):
+                return True
+        return False
+    finally:
+        setattr(test_module, module, original)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_tests_pass_without_a_mistake(module):
+    assert not is_killed(module, SOURCES[module])
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda m: f"{m.function}: {m.mistake}".replace(" ", "-"))
+def test_mutant_is_killed(mutant):
+    source = SOURCES[mutant.module]
+    assert source.count(mutant.old) == 1, "the mutant's old text must stand in the source exactly once"
+    assert mutant.new != mutant.old
+    assert is_killed(mutant.module, source.replace(mutant.old, mutant.new)), "no test noticed this mistake"
+
+
+def test_every_function_has_mutants():
+    counts = Counter((mutant.module, mutant.function) for mutant in mutants.MUTANTS)
+    required = {("masking", "standardize")}
+    for name in MODULES:
+        if name == "masking":
+            continue
+        module = importlib.import_module(f"hydra_rlhf.algorithms.{name}")
+        functions = inspect.getmembers(module, inspect.isfunction)
+        required |= {(name, key) for key, f in functions if not key.startswith("_") and f.__module__ == module.__name__}
+    assert len(required) == 15
+    assert {key: counts[key] for key in required if counts[key] < MIN_MUTANTS} == {}
