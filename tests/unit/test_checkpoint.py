@@ -140,7 +140,7 @@ def test_a_failed_save_leaves_nothing_and_the_previous_checkpoint_whole(tmp_path
 
     save(CheckpointStore(tmp_path / "ppo", keep=1), 10)
     store = CheckpointStore(tmp_path / "ppo", keep=1, failpoint=no_space)
-    with pytest.raises(CheckpointError, match="cannot write .*ppo: No space left on device"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*ppo: No space left on device"):
         save(store, 20)
     assert os.listdir(tmp_path / "ppo") == ["step-000010"]
     assert_holds(store.latest_valid(), 10)
@@ -154,7 +154,7 @@ def test_a_full_disk_at_any_byte_is_a_clear_error(tmp_path, room):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
-        with pytest.raises(CheckpointError, match="cannot write .*ppo"):
+        with pytest.raises(CheckpointError, match=r"cannot write .*ppo"):
             save(store, 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -277,7 +277,7 @@ def test_a_renamed_step_folder_is_refused(tmp_path):
 
 
 def test_a_removed_run_folder_is_an_error_and_is_not_made_again(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot write .*run folder must stay in place"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*run folder must stay in place"):
         save(CheckpointStore(tmp_path / "gone/ppo", keep=1), 1)
     assert os.listdir(tmp_path) == []
 

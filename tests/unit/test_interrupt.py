@@ -76,9 +76,16 @@ def test_flag_check_and_handlers_restored(capfd):
 
 def test_handlers_are_restored_after_an_error():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ValueError, match="mine"), StopRequest():
-        assert signal.getsignal(signal.SIGINT) != before
-        raise ValueError("mine")
+    seen: list[object] = []
+
+    def fail() -> None:
+        with StopRequest():
+            seen.append(signal.getsignal(signal.SIGINT))
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        fail()
+    assert seen != [before]
     assert signal.getsignal(signal.SIGINT) == before
 
 

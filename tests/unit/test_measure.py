@@ -52,7 +52,7 @@ def test_phases_keep_their_highest_numbers():
 
 def test_phases_do_not_nest():
     memory = PhaseMemory()
-    with memory.phase("outer"), pytest.raises(AssertionError, match="inner.*outer"), memory.phase("inner"):
+    with memory.phase("outer"), pytest.raises(AssertionError, match=r"inner.*outer"), memory.phase("inner"):
         pass
     with memory.phase("after"):
         pass

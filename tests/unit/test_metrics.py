@@ -58,7 +58,7 @@ def test_a_file_shorter_than_the_offset_is_refused_and_left_alone(tmp_path):
 
 def test_a_removed_folder_is_an_error_and_is_not_made_again(tmp_path):
     lines = JsonLines(tmp_path / "run" / "metrics.jsonl")
-    with pytest.raises(CheckpointError, match="cannot write .*run folder must stay in place"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*run folder must stay in place"):
         lines.append({"step": 1})
     assert not (tmp_path / "run").exists()
 

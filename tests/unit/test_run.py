@@ -295,7 +295,8 @@ def test_other_versions_on_resume_are_warned_of(recipe, caplog):
 
 def test_signals_are_listened_to_inside_the_block_only(recipe, capfd):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted), Run.open(recipe, resume=False) as run:
+    with Run.open(recipe, resume=False) as run:
         os.kill(os.getpid(), signal.SIGTERM)
-        run.stop.check()
+        with pytest.raises(Interrupted):
+            run.stop.check()
     assert signal.getsignal(signal.SIGTERM) == before

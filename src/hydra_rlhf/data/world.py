@@ -16,7 +16,6 @@ import random
 import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import permutations
 from math import ceil, exp
 from typing import Literal
 
@@ -44,35 +43,15 @@ WORDS_PER_UNKNOWN_FAULT = 8
 REPETITION_POINTS = 1.0
 """Lost for each greeting, answer, offer or farewell after the first."""
 
-TEMPERATURE = 1.4
-"""Gold points per unit of Bradley–Terry log-odds; gold itself then ranks about 89 % of the pairs right."""
-MIN_GAP = 1.0
+TEMPERATURE = 1.7
+"""Gold points per unit of Bradley–Terry log-odds; gold itself then ranks about 88 % of the pairs right."""
+MIN_GAP = 1.5
 """Smallest difference in gold, in points, between the two replies of a pair."""
 TEST_FRAC = 0.1
 """Share of `world_pairs` that is the test split."""
 MAX_PROMPTS = 50_000
 """Most distinct prompts drawn per split; 90,000 exist in the test split and 230,400 in training."""
 
-Slot = tuple[tuple[float, tuple[str, ...]], ...]
-"""Choices for one part of a reply: (probability, texts of which one is taken; none = the part is left out)."""
-OPENING_CHOICES: Slot = ((0.42, text.GREETINGS), (0.26, ()), (0.16, text.RUDE_OPENINGS), (0.16, text.FILLER_OPENINGS))
-REMARK_CHOICES: Slot = ((0.36, text.OFFERS), (0.24, ()), (0.20, text.RUDE_REMARKS), (0.20, text.FILLER_REMARKS))
-FAREWELL_CHOICES: Slot = (
-    (0.40, text.FAREWELLS),
-    (0.22, ()),
-    (0.20, text.RUDE_FAREWELLS),
-    (0.08, ("Thank", "Have a good", "Thank you and")),
-    (0.10, tuple(" ".join(two) for two in permutations(text.FAREWELLS, 2))),
-)
-ANSWER_CHOICES = {
-    "right": 0.60,
-    "twice": 0.08,
-    "wrong value": 0.10,
-    "other fact": 0.10,
-    "two facts": 0.06,
-    "hedge": 0.06,
-}
-"""How often a reply answers how; `other fact` answers a question that was not asked, from the note."""
 NUM_NOTES = 3
 """Facts in a stock note."""
 
@@ -271,15 +250,15 @@ def _pairs(split: Split, num: int, seed: int) -> list[PreferencePair]:
 def _draw_reply(rng: random.Random, facts: tuple[Fact, ...]) -> str:
     """A reply of mixed quality to the question about `facts[0]`."""
     parts = (
-        _pick(rng, OPENING_CHOICES),
+        _pick(rng, text.OPENING_CHOICES),
         _draw_answer(rng, facts),
-        _pick(rng, REMARK_CHOICES),
-        _pick(rng, FAREWELL_CHOICES),
+        _pick(rng, text.REMARK_CHOICES),
+        _pick(rng, text.FAREWELL_CHOICES),
     )
     return " ".join(part for part in parts if part)
 
 
-def _pick(rng: random.Random, slot: Slot) -> str:
+def _pick(rng: random.Random, slot: text.Slot) -> str:
     (texts,) = rng.choices([texts for _, texts in slot], [probability for probability, _ in slot])
     return rng.choice(texts) if texts else ""
 
@@ -287,7 +266,7 @@ def _pick(rng: random.Random, slot: Slot) -> str:
 def _draw_answer(rng: random.Random, facts: tuple[Fact, ...]) -> str:
     """The answering sentence or sentences; a wrong value never makes a held-out combination."""
     asked, *others = facts
-    (choice,) = rng.choices(list(ANSWER_CHOICES), list(ANSWER_CHOICES.values()))
+    (choice,) = rng.choices(list(text.ANSWER_CHOICES), list(text.ANSWER_CHOICES.values()))
     if choice == "hedge":
         return rng.choice(text.HEDGES)
     if choice == "wrong value":

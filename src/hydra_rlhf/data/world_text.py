@@ -5,6 +5,7 @@ read a reply without guessing. No torch.
 """
 
 from dataclasses import dataclass
+from itertools import permutations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,3 +80,24 @@ FILLER_REMARKS = ("It is what it is.", "Some say so, some do not.")
 """Says nothing, in the place of an offer."""
 HEDGES = ("I do not know.", "Who can say?")
 """Says nothing, in the place of the answer."""
+
+Slot = tuple[tuple[float, tuple[str, ...]], ...]
+"""Choices for one part of a reply: (probability, texts of which one is taken; none = the part is left out)."""
+OPENING_CHOICES: Slot = ((0.38, GREETINGS), (0.28, ()), (0.17, RUDE_OPENINGS), (0.17, FILLER_OPENINGS))
+REMARK_CHOICES: Slot = ((0.34, OFFERS), (0.28, ()), (0.19, RUDE_REMARKS), (0.19, FILLER_REMARKS))
+FAREWELL_CHOICES: Slot = (
+    (0.38, FAREWELLS),
+    (0.24, ()),
+    (0.20, RUDE_FAREWELLS),
+    (0.08, ("Thank", "Have a good", "Thank you and")),
+    (0.10, tuple(" ".join(two) for two in permutations(FAREWELLS, 2))),
+)
+ANSWER_CHOICES = {
+    "right": 0.66,
+    "twice": 0.08,
+    "wrong value": 0.04,
+    "other fact": 0.09,
+    "two facts": 0.06,
+    "hedge": 0.07,
+}
+"""How often a reply answers how; `other fact` answers a question that was not asked, from the note."""

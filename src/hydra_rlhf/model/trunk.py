@@ -2,11 +2,15 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PretrainedConfig
@@ -26,6 +30,8 @@ from hydra_rlhf.model.lora import (
     unwrap_linears,
     wrap_linears,
 )
+
+transformers_logging.disable_progress_bar()  # its bars for loading and saving would break those of the stages
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -162,9 +168,17 @@ class Trunk(nn.Module):
 
     def enable_checkpointing(self) -> None:
         """Recompute each layer in backward, with the adapter that its forward captured."""
-        self.model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self.switch.recompute_contexts}
-        )
+        for layer in self.layers():
+            layer.adapter_switch = self.switch  # pyright: ignore[reportAttributeAccessIssue]
+            layer.forward = MethodType(checkpointed_forward, layer)
+
+    def layers(self) -> list[nn.Module]:
+        """The decoder's blocks, whatever the family calls them. Raises `ModelError` where they cannot be found."""
+        num_layers = text_config(self.model.config).num_hidden_layers
+        for module in self.decoder.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+                return list(module)
+        raise ModelError(f"{type(self.model).__name__}: no list of {num_layers} layers; set model.gradient_checkpointing=false")
 
     def drop_lm_head(self) -> None:
         """Free an untied head that no role of this trunk reads."""
@@ -185,7 +199,6 @@ class Trunk(nn.Module):
         state = {
             self._plain_name(name): tensor for name, tensor in self.model.state_dict().items() if not is_adapter(name)
         }
-        transformers_logging.disable_progress_bar()
         self.model.save_pretrained(folder, state_dict=state)
 
     def _plain_name(self, name: str) -> str:
@@ -198,6 +211,23 @@ class Trunk(nn.Module):
 def is_adapter(name: str) -> bool:
     """True for the state-dict name of a LoRA tensor."""
     return ".lora_A." in name or ".lora_B." in name
+
+
+def checkpointed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward that keeps its input only; a method, so that a copy of the layer recomputes the copy."""
+    forward = type(self).forward
+    if not torch.is_grad_enabled():
+        return forward(self, *args, **kwargs)
+    contexts = self.adapter_switch.recompute_contexts
+    return checkpoint(partial(forward, self), *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the weights, as `from_pretrained` does; buffers such as rotary frequencies stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -232,7 +262,6 @@ def load_trunk(path: str, config: ModelConfig, *, trust_remote_code: bool = Fals
         "local_files_only": config.offline,
         "trust_remote_code": trust_remote_code,
     }
-    transformers_logging.disable_progress_bar()
     try:
         model_config = AutoConfig.from_pretrained(path, **options)
         without_dropout(model_config)
@@ -265,7 +294,7 @@ def scratch_trunk(shape: str, tokenizer: PreTrainedTokenizerBase, config: ModelC
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(llama)
-    return Trunk(model.to(device=pick_device(config.device), dtype=DTYPES[config.dtype]))
+    return Trunk(to_dtype(model, DTYPES[config.dtype]).to(pick_device(config.device)))
 
 
 def load_tokenizer(path: str, config: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hydra_rlhf.reporting.record import RunRecord, Series
-from hydra_rlhf.reporting.tables import NBSP, format_count, format_interval, format_number, format_share
+from hydra_rlhf.reporting.tables import NBSP, format_count, format_interval, format_number, format_score, format_share
 
 MAX_KL = 20.0
 """Nats per response; beyond, the policy writes text that the reward was never trained on."""
@@ -20,6 +20,8 @@ MIN_EOS_FRAC = 0.8
 """Share of responses that end by themselves; below, one in five is cut by the length limit."""
 MAX_CLIP_FRAC = 0.3
 """Share of tokens held back by the clip; beyond, most of an update is thrown away."""
+MIN_CRITIC_STEPS = 10
+"""Steps a critic may take before it must beat a constant guess."""
 MIN_ACCURACY_GAIN = 0.02
 """How much a reward model must rank better than "the longer response wins"."""
 MAX_CUT_FRAC = 0.1
@@ -88,8 +90,8 @@ def _gold_falls(record: RunRecord) -> Finding | None:
         score, score_before, gold, gold_before = (value or 0.0 for value in numbers)
         if score > score_before and gold < gold_before:
             text = (
-                f"From reference to actor, the mean score goes from {format_number(score_before)} to "
-                f"{format_number(score)}, but gold from {format_number(gold_before)} to {format_number(gold)}."
+                f"From reference to actor, the mean score goes from {format_score(score_before)} to "
+                f"{format_score(score)}, but gold from {format_score(gold_before)} to {format_score(gold)}."
             )
     scores, golds = record.series("ppo", "eval/score"), record.series("ppo", "eval/gold")
     if text is None and scores is not None and golds is not None:
@@ -100,8 +102,8 @@ def _gold_falls(record: RunRecord) -> Finding | None:
         falls = drop > max(0.25 * span, 0.05 * abs(gold_of[peak]))
         if falls and score_of.get(last, -math.inf) >= score_of.get(peak, math.inf):
             text = (
-                f"The held-out gold score peaked at {format_number(gold_of[peak])} in step {peak} and ended at "
-                f"{format_number(gold_of[last])}, while the held-out score did not fall."
+                f"The held-out gold score peaked at {format_score(gold_of[peak])} in step {peak} and ended at "
+                f"{format_score(gold_of[last])}, while the held-out score did not fall."
             )
     if text is None:
         return None
@@ -183,8 +185,9 @@ def _few_end(record: RunRecord) -> Finding | None:
 
 
 def _useless_critic(record: RunRecord) -> Finding | None:
-    ends = _ends(record.series("ppo", "ppo/explained_variance"))
-    if ends is None or ends[1] >= 0:
+    series = record.series("ppo", "ppo/explained_variance")
+    ends = _ends(series)
+    if series is None or ends is None or ends[1] >= 0 or series.steps[-1] < MIN_CRITIC_STEPS:
         return None
     return Finding(
         title="The critic is worse than a constant",

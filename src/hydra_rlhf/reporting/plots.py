@@ -1,7 +1,7 @@
 """The report's pictures: which metrics are drawn together, in which units, and what to look for."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -166,10 +166,10 @@ def time_chart(record: RunRecord) -> Chart | None:
         else:
             colors = [color for _, color, _ in found]
             axes.stackplot(steps, stacked, labels=[name for name, _, _ in found], colors=colors, linewidth=0)
-        _label(axes, "PPO step", "seconds", whole="x")
+        _label(axes, "PPO step", "seconds", steps=set(steps))
         axes.set_ylim(bottom=0)
 
-    caption = "The phases of a step, stacked: sampling, all roles on the responses, learning."
+    caption = "Stacked: sampling, all roles on the responses, learning."
     return Chart(key="ppo-time", title="Seconds per step", caption=caption, svg=draw_svg(draw, "ppo-time", caption))
 
 
@@ -246,7 +246,7 @@ def _line_chart(record: RunRecord, stage: str, spec: Lines, step_name: str) -> C
             is_sparse = key.startswith("eval/") or len(series.steps) < 3
             color = ORANGE if key.startswith("eval/") else GREEN if key in SECOND else BLUE
             axes.plot(*thin(series), label=name, color=color, marker="o" if is_sparse else None)
-        _label(axes, step_name, spec.unit, whole="x")
+        _label(axes, step_name, spec.unit, steps=set().union(*(series.steps for _, _, series in found)))
         if spec.floor is not None and axes.get_ylim()[0] < spec.floor:
             axes.set_ylim(bottom=spec.floor, top=max(axes.get_ylim()[1], spec.floor + 1))
 
@@ -269,7 +269,7 @@ def _histogram(pairs: Sequence[tuple[float, float]], *, key: str, title: str, un
             axes.hist(values, bins=edges, color=color, alpha=0.28, linewidth=0)
             axes.hist(values, bins=edges, color=color, histtype="step", linewidth=1.6, label=name)
             axes.axvline(mean, color=color, linestyle=(0, (4, 3)), linewidth=1.4)
-        _label(axes, unit, "responses", whole="y")
+        _label(axes, unit, "responses", counts=True)
 
     words = (
         f"Means (dashed): reference {format_number(means[0])}, actor {format_number(means[1])}; {len(pairs)} prompts."
@@ -282,14 +282,17 @@ def _from_to(series: Series) -> str:
     return f"{format_number(start)} at step {first}, {format_number(end)} at step {last}"
 
 
-def _label(axes: Any, x: str, y: str, *, whole: str = "") -> None:
+def _label(axes: Any, x: str, y: str, *, steps: Collection[int] = (), counts: bool = False) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if y:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole == "y"))
-    if whole == "x":
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=counts))
+    if len(steps) == 1:
+        axes.set_xticks(list(steps))
+        axes.margins(x=1)
+    elif steps:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     handles, _ = axes.get_legend_handles_labels()
     if len(handles) > 1:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from hydra_rlhf.runtime.files import clear_write_errors, write_file
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 MAX_CHARACTERS = 4000
 """Longer texts are cut in the page: prompts on the left, responses on the right."""
@@ -24,6 +26,8 @@ MAX_SAMPLE_BYTES = 3_000_000
 """Samples beyond this much text are left out of the page, which then stays under 5 MB."""
 CONTROL_CHARACTERS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 """Control characters are shown as their Unicode pictures: HTML has no way to hold them."""
+SECTIONS = ("data", "evaluation", "hydra_sft", "ppo")
+"""Sections of a recipe that warnings name settings of."""
 STAGE_TITLES = {"sft": "SFT", "reward_model": "Reward model", "hydra_sft": "Hydra-SFT"}
 
 
@@ -106,8 +110,16 @@ def _templates() -> "Environment":
         lstrip_blocks=True,
     )
     environment.filters["score"] = tables.format_score
+    environment.filters["settings"] = _mark_settings
     environment.filters["count"] = tables.format_count
     return environment
+
+
+def _mark_settings(text: str) -> "Markup":
+    """Text as HTML, with names of settings such as ppo.kl_coef set as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(rf"\b(?:{'|'.join(SECTIONS)})\.[a-z_.]*[a-z]", r"<code>\g<0></code>", str(escape(text))))
 
 
 def _within_budget(samples: tuple[Sample, ...]) -> Iterator[ShownSample]:

@@ -1,8 +1,10 @@
 """What a run ends with: the trained policy in formats others load, and the before/after numbers."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hydra_rlhf.config import Recipe
 from hydra_rlhf.data.formats import ChatFormat
 from hydra_rlhf.evaluation.generations import compare_with_reference
 from hydra_rlhf.evaluation.preferences import evaluate_preferences
@@ -44,37 +46,65 @@ def evaluate_run(
     raw: RawData,
     *,
     reward_fn: RewardFunction | None,
-) -> dict[str, Any]:
-    """Measure a finished PPO on held-out data; writes summary.json, memory.json and samples.
+) -> None:
+    """Measure a finished PPO on held-out data; writes summary.json, memory.json and samples, and marks the stage.
 
     `record_costs` adds seconds and measured bytes to both files.
     """
     recipe = run.recipe
     session.begin("evaluation")
     step = load_trained(run, model, recipe.evaluation.checkpoint)
-    roles = [role for role in ("reference", "reward") if role in model.table]
-    fit = evaluate_preferences(model, data.test_pairs, roles, micro_batch_tokens=recipe.ppo.micro_batch_tokens)
-    prompts = data.test_prompts[: recipe.evaluation.num_prompts]
     with session.memory.phase("evaluation"):
-        numbers, samples = compare_with_reference(
+        summary, samples = measure(
+            recipe,
             model,
             chat,
-            prompts,
-            recipe.ppo,
-            seed=recipe.seed,
+            data,
+            raw,
+            checkpoint=f"{recipe.evaluation.checkpoint} (step {step})",
+            num_prompts=recipe.evaluation.num_prompts,
             reward_fn=reward_fn,
-            gold=raw.gold,
-            num_samples=recipe.evaluation.num_samples,
             after_token=session.stop.check,
         )
     for sample in samples:
         session.log_sample({"stage": "evaluation", "step": step, "kind": "evaluation", **sample})
-    session.log("evaluation", step, fit | {"eval/score": numbers["score_mean"], "eval/kl": numbers["kl"]})
+    session.log("evaluation", step, {"eval/score": summary["score_mean"], "eval/kl": summary["kl"]})
+    run.write_json("summary.json", summary)
+    run.write_json("memory.json", count_all(model.table, base_sizes(model), dtype=recipe.model.dtype))
+    run.finish_stage("evaluation")
+
+
+def measure(
+    recipe: Recipe,
+    model: HydraModel,
+    chat: ChatFormat,
+    data: Datasets,
+    raw: RawData,
+    *,
+    checkpoint: str,
+    num_prompts: int,
+    reward_fn: RewardFunction | None,
+    after_token: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(numbers of summary.json, samples): the fit of the LoRA-off roles, and actor against reference."""
+    roles = [role for role in ("reference", "reward") if role in model.table]
+    fit = evaluate_preferences(model, data.test_pairs, roles, micro_batch_tokens=recipe.ppo.micro_batch_tokens)
+    numbers, samples = compare_with_reference(
+        model,
+        chat,
+        data.test_prompts[:num_prompts],
+        recipe.ppo,
+        seed=recipe.seed,
+        reward_fn=reward_fn,
+        gold=raw.gold,
+        num_samples=recipe.evaluation.num_samples,
+        after_token=after_token,
+    )
     summary = {
         "name": recipe.name,
         "method": recipe.method,
         "seed": recipe.seed,
-        "checkpoint": f"{recipe.evaluation.checkpoint} (step {step})",
+        "checkpoint": checkpoint,
         **numbers,
         "perplexity": fit["eval/perplexity"],
         "longer_wins_accuracy": longer_wins(
@@ -84,10 +114,7 @@ def evaluate_run(
         "reward_accuracy": fit.get("eval/pair_accuracy"),
         "calibration_error": fit.get("eval/calibration_error"),
     }
-    run.write_json("summary.json", summary)
-    run.write_json("memory.json", count_all(model.table, base_sizes(model), dtype=recipe.model.dtype))
-    run.finish_stage("evaluation")
-    return summary
+    return summary, samples
 
 
 def load_trained(run: Run, model: HydraModel, which: str) -> int:

@@ -80,11 +80,10 @@ def run_recipe(
 
 def run_stages(job: Job, last: int) -> None:
     """Stage 1 models, PPO, evaluation, up to number `last` of `ALL_STAGES`."""
-    folders: dict[str, str] = {}
-    for stage in stages_before_ppo(job.recipe):
+    folders = stage1_folders(job.recipe, job.run)
+    for stage in folders:
         job.session.stop.check()
         given = getattr(job.recipe.start, stage)
-        folders[stage] = given or str(job.run.folder / stage)
         if given is None and not job.run.stage_done(stage) and ALL_STAGES.index(stage) <= last:
             train_stage1(job, stage, folders)
     if last < ALL_STAGES.index("ppo") or (job.run.stage_done("ppo") and job.run.stage_done("evaluation")):
@@ -181,6 +180,7 @@ def prepare_data(job: Job, model: HydraModel) -> tuple[ChatFormat, Datasets]:
     chat = chat_format(job.recipe.data, model.tokenizer, job.raw.train.prompts, eos_id=model.eos_id)
     data = tokenize(job.raw, chat)
     job.run.write_json("data.json", data.summary)
+    job.run.write_json("chat.json", {"template": chat.template})
     return chat, data
 
 
@@ -190,11 +190,16 @@ def method_table(recipe: Recipe) -> RoleTable:
     return table if recipe.ppo.reward.reward_model_coef else without_roles(table, "reward")
 
 
-def stages_before_ppo(recipe: Recipe) -> tuple[str, ...]:
-    """Stage-1 models of a recipe in order; with an SFT start, that comes first and the rest starts from it."""
+def stage1_folders(recipe: Recipe, run: Run) -> dict[str, str]:
+    """Where each stage-1 model of a recipe is or will be, in training order: {stage: given start, or run folder}.
+
+    With an SFT start, that comes first and the rest starts from it.
+    """
     needed = stage1_models(method_table(recipe))
     starts_from_sft = recipe.start.sft is not None or recipe.start.sft_adapter is not None
-    return needed if "sft" in needed or not starts_from_sft else ("sft", *needed)
+    if starts_from_sft and "sft" not in needed:
+        needed = ("sft", *needed)
+    return {stage: getattr(recipe.start, stage) or str(run.folder / stage) for stage in needed}
 
 
 def check_start(recipe: Recipe) -> None:

@@ -1,0 +1,227 @@
+"""`hydra-rlhf`: one function per command. Imports torch only in commands that need it."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra_rlhf.errors import ConfigError, HydraError
+
+if TYPE_CHECKING:
+    from hydra_rlhf.config import Recipe
+
+DEMO_RECIPE = Path(__file__).parent / "demo.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 terminated."""
+    args, overrides = build_parser().parse_known_args(argv)
+    if overrides and not getattr(args, "takes_settings", False):
+        build_parser().error(f"unrecognised arguments: {' '.join(overrides)}")
+    args.overrides = overrides
+    try:
+        args.command(args)
+    except HydraError as error:
+        if args.debug:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="hydra-rlhf", description="Memory-efficient RLHF: actor, critic, reference and reward model on one base."
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_recipe_commands(commands)
+    add_run_commands(commands)
+    return parser
+
+
+def add_recipe_commands(commands: Any) -> None:
+    """Commands that take a recipe, and any of its settings as `--section.name value`."""
+    epilog = "Any setting can be given as --section.name value; `hydra-rlhf settings` lists them all."
+    stages = {
+        "run": ("evaluation", "all stages of a recipe in order, each skipped if already finished, and the report"),
+        "sft": ("sft", "a recipe up to its SFT model"),
+        "reward-model": ("reward_model", "a recipe up to its separate reward model"),
+        "hydra-sft": ("hydra_sft", "a recipe up to its joint SFT and reward model"),
+        "ppo": ("ppo", "a recipe up to PPO, without evaluation"),
+    }
+    for name, (until, text) in stages.items():
+        command = commands.add_parser(name, help=text, description=text, epilog=epilog)
+        command.add_argument("recipe", type=Path, help="YAML file")
+        command.add_argument("--resume", action="store_true", help="continue the run that is there")
+        command.add_argument(
+            "--trust-remote-code", action="store_true", help="let the model's repository run its own Python code"
+        )
+        command.set_defaults(command=run, until=until, takes_settings=True)
+    text = "the whole pipeline on the built-in world with a tiny model trained from nothing, on a CPU, with a report"
+    command = commands.add_parser("demo", help=text, description=text, epilog=epilog)
+    command.add_argument("--fresh", action="store_true", help="delete an earlier demo run first")
+    command.set_defaults(command=demo, takes_settings=True)
+    command = commands.add_parser("settings", help="every setting of a recipe with its default", add_help=False)
+    command.set_defaults(command=settings)
+
+
+def add_run_commands(commands: Any) -> None:
+    """Commands that read a finished run, and `data`."""
+    command = commands.add_parser("eval", help="held-out numbers of a run, with confidence intervals")
+    command.add_argument("run", type=Path, help="run folder")
+    command.add_argument("--checkpoint", choices=["last", "best"], default="last")
+    command.add_argument("--num-prompts", type=positive_int, default=None, help="held-out prompts (default: the recipe's)")
+    command.set_defaults(command=evaluate)
+    command = commands.add_parser("report", help="write report.html and report.md of a run again")
+    command.add_argument("run", type=Path, help="run folder")
+    command.set_defaults(command=report)
+    command = commands.add_parser("sample", help="actor beside reference with scores, from one set of weights")
+    command.add_argument("run", type=Path, help="run folder")
+    command.add_argument("--prompt", action="append", help="a prompt (repeatable; default: held-out ones)")
+    command.add_argument("--num-prompts", type=positive_int, default=3, help="how many held-out prompts")
+    command.add_argument("--checkpoint", choices=["last", "best"], default="last")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(command=sample)
+    command = commands.add_parser("export", help="folders that transformers, PEFT and vLLM load")
+    command.add_argument("run", type=Path, help="run folder")
+    command.add_argument("out", type=Path, help="folder to write")
+    command.add_argument("--format", choices=["peft", "merged", "reward-model"], required=True)
+    command.add_argument("--checkpoint", choices=["last", "best"], default="last")
+    command.set_defaults(command=export)
+    command = commands.add_parser("data", help="what a data file holds and what is wrong with it")
+    actions = command.add_subparsers(required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="what would be read, lengths, the longer-wins baseline, all problems")
+    check.add_argument("file", help="local file or hub name")
+    check.add_argument("--tokenizer", default=None, help="model folder or hub name, to count tokens too")
+    check.set_defaults(command=data_check, takes_settings=True)
+    formats = actions.add_parser("formats", help="the row formats that can be named in data.format")
+    formats.set_defaults(command=data_formats)
+
+
+def positive_int(text: str) -> int:
+    """An integer above zero, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def run(args: argparse.Namespace) -> None:
+    """`run` and the per-stage commands."""
+    from hydra_rlhf.reporting.console import print_summary
+    from hydra_rlhf.reporting.render import render_report
+    from hydra_rlhf.stages.pipeline import run_recipe
+
+    recipe = recipe_with_overrides(args.recipe, args.overrides)
+    folder = run_recipe(recipe, resume=args.resume, until=args.until, trust_remote_code=args.trust_remote_code)
+    print_summary(folder, report=render_report(folder))
+
+
+def demo(args: argparse.Namespace) -> None:
+    """`demo`: run it, take it up again, or show what it came to."""
+    from hydra_rlhf.reporting.console import print_summary
+    from hydra_rlhf.reporting.render import render_report
+    from hydra_rlhf.stages.pipeline import run_recipe
+
+    recipe = recipe_with_overrides(DEMO_RECIPE, args.overrides)
+    folder = Path(recipe.output_dir) / recipe.name
+    if args.fresh and (folder / "recipe.yaml").is_file():
+        shutil.rmtree(folder)
+    run_recipe(recipe, resume=True)
+    print_summary(folder, report=render_report(folder))
+
+
+def settings(args: argparse.Namespace) -> None:
+    """`settings`: the recipe's fields as tyro shows them."""
+    del args
+    recipe_with_overrides(DEMO_RECIPE, ["--help"])
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """`eval`: measure a run again; writes evaluation-<checkpoint>.json beside its summary."""
+    from hydra_rlhf.reporting.console import print_numbers
+    from hydra_rlhf.stages.finished import evaluate_again
+
+    numbers, file = evaluate_again(args.run, checkpoint=args.checkpoint, num_prompts=args.num_prompts)
+    print_numbers(numbers)
+    print(f"written to {file}")
+
+
+def report(args: argparse.Namespace) -> None:
+    """`report`: render it from the run folder alone."""
+    from hydra_rlhf.reporting.render import render_report
+
+    print(render_report(args.run))
+
+
+def sample(args: argparse.Namespace) -> None:
+    """`sample`: the same prompts answered with LoRA on and off."""
+    from hydra_rlhf.reporting.console import print_samples
+    from hydra_rlhf.stages.finished import sample_side_by_side
+
+    print_samples(
+        sample_side_by_side(
+            args.run, prompts=args.prompt, num_prompts=args.num_prompts, checkpoint=args.checkpoint, seed=args.seed
+        )
+    )
+
+
+def export(args: argparse.Namespace) -> None:
+    """`export`: write a run's result in a format others load."""
+    from hydra_rlhf.stages.finished import export_run
+
+    export_run(args.run, args.out, format=args.format, checkpoint=args.checkpoint)
+    print(args.out)
+
+
+def data_check(args: argparse.Namespace) -> None:
+    """`data check`: exit code 2 where a row is malformed."""
+    from hydra_rlhf.data.check import check_file, render_report
+
+    config = recipe_with_overrides(DEMO_RECIPE, args.overrides).data
+    tokenizer = None
+    if args.tokenizer is not None:
+        from hydra_rlhf.config import ModelConfig
+        from hydra_rlhf.model.trunk import load_tokenizer
+
+        tokenizer = load_tokenizer(args.tokenizer, ModelConfig())
+    checked = check_file(args.file, config, tokenizer)
+    print(render_report(checked))
+    if not checked.ok:
+        raise SystemExit(2)
+
+
+def data_formats(args: argparse.Namespace) -> None:
+    """`data formats`: names and what each looks like."""
+    from hydra_rlhf.data.row_formats import FORMATS
+
+    del args
+    for name, row_format in FORMATS.items():
+        print(f"{name:24} {row_format.description}")
+
+
+def recipe_with_overrides(path: Path, overrides: Sequence[str]) -> "Recipe":
+    """A recipe file with command-line settings laid over it. Raises `ConfigError`."""
+    import tyro
+    from pydantic import ValidationError
+
+    from hydra_rlhf.config import Recipe
+    from hydra_rlhf.recipes import describe, load_recipe
+
+    recipe = load_recipe(path)
+    if not overrides:
+        return recipe
+    try:
+        return tyro.cli(Recipe, prog="hydra-rlhf run RECIPE", default=recipe, args=list(overrides))
+    except ValidationError as error:
+        raise ConfigError("\n".join(describe(problem) for problem in error.errors())) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

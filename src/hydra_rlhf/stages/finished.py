@@ -1,0 +1,124 @@
+"""What can be done with a finished run: measure it again, sample from it, export it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra_rlhf.config import Recipe
+from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt, chat_format
+from hydra_rlhf.data.sources import Prompt
+from hydra_rlhf.errors import CheckpointError, ConfigError
+from hydra_rlhf.model.export import save_merged, save_peft_adapter, save_reward_model
+from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.runtime.run import Run
+from hydra_rlhf.stages.datasets import load_raw, tokenize
+from hydra_rlhf.stages.finish import load_trained, measure
+from hydra_rlhf.stages.held_out import sample_and_score
+from hydra_rlhf.stages.pipeline import method_table, stage1_folders
+from hydra_rlhf.stages.rollout import load_reward_fn, sequence_kl
+
+
+def load_finished(folder: Path, checkpoint: str) -> tuple[Run, HydraModel, ChatFormat, int]:
+    """(run, model, chat format, PPO step) of a run whose PPO is done, with its `last` or `best` policy.
+
+    Raises `CheckpointError` for a folder without a finished PPO.
+    """
+    run = Run.load(folder)
+    recipe = run.recipe
+    if not run.stage_done("ppo"):
+        raise CheckpointError(f"{folder} has no finished PPO; continue it with `hydra-rlhf run RECIPE --resume`")
+    model = HydraModel.from_stage1(
+        method_table(recipe), stage1_folders(recipe, run), model=recipe.model, lora=recipe.lora, seed=recipe.seed
+    )
+    step = load_trained(run, model, checkpoint)
+    return run, model, known_chat_format(run, recipe, model), step
+
+
+def known_chat_format(run: Run, recipe: Recipe, model: HydraModel) -> ChatFormat:
+    """The chat format the run trained with; its template is in the run folder, so the data need not be."""
+    template = run.read_json("chat.json")["template"]
+    return chat_format(replace(recipe.data, chat_template=template), model.tokenizer, [], eos_id=model.eos_id)
+
+
+def evaluate_again(folder: Path, *, checkpoint: str, num_prompts: int | None) -> tuple[dict[str, Any], Path]:
+    """The numbers of `summary.json` for one checkpoint, and the file they are written to."""
+    run, model, chat, step = load_finished(folder, checkpoint)
+    raw = load_raw(run.recipe.data, seed=run.recipe.seed)
+    numbers, _ = measure(
+        run.recipe,
+        model,
+        chat,
+        tokenize(raw, chat),
+        raw,
+        checkpoint=f"{checkpoint} (step {step})",
+        num_prompts=num_prompts or run.recipe.evaluation.num_prompts,
+        reward_fn=load_reward_fn(run.recipe.ppo.reward.reward_fn),
+    )
+    file = run.folder / f"evaluation-{checkpoint}.json"
+    run.write_json(file.name, numbers)
+    return numbers, file
+
+
+def sample_side_by_side(
+    folder: Path, *, prompts: Sequence[str] | None, num_prompts: int, checkpoint: str, seed: int
+) -> list[dict[str, Any]]:
+    """Each prompt with the reference's and the actor's response and their scores; held-out prompts where none is given.
+
+    A reward function's columns are not known for prompts given by hand, so with one only held-out prompts can be used.
+    """
+    run, model, chat, _ = load_finished(folder, checkpoint)
+    config = run.recipe.ppo
+    reward_fn = load_reward_fn(config.reward.reward_fn)
+    if prompts:
+        tokenized, _ = chat.tokenize_prompts(Prompt(prompt) for prompt in prompts)
+    else:
+        tokenized = held_out_prompts(run.recipe, chat)[:num_prompts]
+    rollouts = {
+        role: sample_and_score(
+            model, chat, role, tokenized, config, stream=(seed, "sample", role), reward_fn=reward_fn
+        )
+        for role in ("reference", "actor")
+    }
+    kl = sequence_kl(rollouts["actor"])
+    return [
+        {
+            "prompt": rollouts["actor"].prompts.texts[i],
+            "reference_response": rollouts["reference"].responses[i],
+            "reference_score": rollouts["reference"].scores[i].item(),
+            "response": rollouts["actor"].responses[i],
+            "score": rollouts["actor"].scores[i].item(),
+            "kl": kl[i].item(),
+        }
+        for i in range(len(tokenized))
+    ]
+
+
+def held_out_prompts(recipe: Recipe, chat: ChatFormat) -> list[TokenizedPrompt]:
+    """The run's held-out prompts, read from its data again."""
+    tokenized, _ = chat.tokenize_prompts(load_raw(recipe.data, seed=recipe.seed).test.prompts)
+    return tokenized
+
+
+def export_run(folder: Path, out: Path, *, format: str, checkpoint: str) -> None:
+    """Write the policy as a PEFT adapter (`peft`) or whole (`merged`), or the reward model (`reward-model`).
+
+    Raises `ConfigError` for a format that the run's method has not, and for a folder that is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty; name a new folder")
+    _, model, _, _ = load_finished(folder, checkpoint)
+    actor = model.table["actor"]
+    trunk = model.trunk(actor.trunk)
+    if format == "merged":
+        save_merged(trunk, actor.adapter, model.tokenizer, out)
+    elif format == "peft":
+        if actor.adapter is None:
+            raise ConfigError("this run trained whole models and has no adapter; export it with --format merged")
+        save_peft_adapter(trunk, actor.adapter, out)
+        model.tokenizer.save_pretrained(out)
+    else:
+        if "reward" not in model.table:
+            raise ConfigError("this run scored with a reward function alone and has no reward model to export")
+        role = model.table["reward"]
+        save_reward_model(model.trunk(role.trunk), model.scalar_head(role.trunk, "reward"), model.tokenizer, out)
