@@ -16,8 +16,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from hydra_rlhf.config import LoraConfig, PPOConfig, SamplingConfig
-from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
+from hydra_rlhf.config import DataConfig, LoraConfig, PPOConfig, SamplingConfig
+from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt, chat_format
 from hydra_rlhf.data.scratch_tokenizer import scratch_tokenizer
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.roles import ROLES, trunks
@@ -121,15 +121,8 @@ def with_garbage_padding(batch: TokenBatch) -> TokenBatch:
 
 def chat(model: HydraModel) -> ChatFormat:
     """Strings as they are."""
-    return ChatFormat(
-        tokenizer=model.tokenizer,
-        template="none",
-        eos_id=2,
-        max_prompt_tokens=16,
-        max_response_tokens=16,
-        response_prefix="",
-        strips_space=False,
-    )
+    config = DataConfig(chat_template="none", max_prompt_tokens=16, max_response_tokens=16)
+    return chat_format(config, model.tokenizer, [], eos_id=2)
 
 
 def prompts(num: int = 6) -> list[TokenizedPrompt]:

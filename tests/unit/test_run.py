@@ -55,13 +55,12 @@ def test_a_new_run_writes_its_settings_and_environment(recipe):
 def test_an_existing_run_needs_resume_and_is_left_alone_without(recipe):
     with Run.open(recipe, resume=False) as run:
         run.log("ppo", 1, {"x": 1.0})
-    before = {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file() and path.name != ".lock"}
+    before = {path: path.read_bytes() for path in run.folder.glob("*.*") if path.name != ".lock"}
     with pytest.raises(CheckpointError, match=r"runs/a holds a run already; continue it with --resume, choose another"):
         Run.open(recipe, resume=False)
     with Run.open(recipe, resume=True):
         pass
-    after = {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file() and path.name != ".lock"}
-    assert after == before
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(recipe):
@@ -148,9 +147,9 @@ def test_a_second_process_is_refused_until_the_first_is_gone(recipe):
     first.stdin.close()
     with Run.open(recipe, resume=True), pytest.raises(CheckpointError, match=f"in use by process {os.getpid()}"):
         Run.open(recipe, resume=True)
-    # Closed by the block above, in spite of the refused attempt.
-    with Run.open(recipe, resume=True):
-        pass
+    Run.open(recipe, resume=True).__exit__(
+        None, None, None
+    )  # closed by the block above, in spite of the refused attempt
 
 
 def test_stages_are_begun_once_and_done_for_good(recipe):

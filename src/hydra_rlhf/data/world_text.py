@@ -53,7 +53,7 @@ ATTRIBUTES = {
     "warranty": Attribute(
         values=("two", "three", "four", "five", "six"),
         note="{value} years of warranty",
-        questions=("How long is the warranty of the {product}?", "What warranty does the {product} have?"),
+        questions=("What is the warranty of the {product}?", "What warranty does the {product} have?"),
         answers=("The {product} has {value} years of warranty.", "It has {value} years of warranty."),
     ),
 }

@@ -42,8 +42,11 @@ def select_rows(batch: TokenBatch, rows: Int[Tensor, " n"]) -> TokenBatch:
 def micro_batches(
     batch: TokenBatch, max_tokens: int, rows: Sequence[int] | None = None
 ) -> Iterator[tuple[Int[Tensor, " n"], TokenBatch]]:
-    """Yield (row numbers in `batch`, those rows) for all rows, or for the given ones."""
-    chosen = list(range(len(batch.tokens))) if rows is None else list(rows)
+    """Yield (row numbers in `batch`, those rows) for all rows, or for the given ones, in whatever order they come.
+
+    Equal sets of rows are cut equally, so that one pass over a whole rollout repeats the scoring pass bit for bit.
+    """
+    chosen = list(range(len(batch.tokens))) if rows is None else sorted(rows)
     lengths = batch.attention_mask.sum(dim=1).tolist()
     for group in by_token_budget([lengths[row] for row in chosen], max_tokens):
         index = torch.tensor([chosen[item] for item in group], device=batch.tokens.device)
