@@ -24,6 +24,7 @@ class TokenBatch:
 
     @property
     def num_prompt_columns(self) -> int:
+        """p: the columns before the response."""
         return self.tokens.shape[1] - self.response_mask.shape[1]
 
 

@@ -154,5 +154,5 @@ def ppo_config(**changes: object) -> PPOConfig:
 
 
 def snapshot(model: HydraModel) -> dict[str, Tensor]:
-    """A copy of every tensor."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    """A copy of every tensor, tied ones once."""
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}

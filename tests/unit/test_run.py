@@ -276,9 +276,7 @@ def test_loading_what_is_no_run_names_the_file(tmp_path):
 
 
 def test_a_reader_cannot_log(recipe):
-    with Run.open(recipe, resume=False) as run:
-        pass
-    with pytest.raises(AssertionError, match="opened for reading"):
+    with Run.open(recipe, resume=False) as run, pytest.raises(AssertionError, match="opened for reading"):
         Run.load(run.folder).log("ppo", 1, {})
 
 

@@ -20,7 +20,8 @@ class ScalarHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, hidden: Float[Tensor, "*n h"]) -> Float[Tensor, "*n"]:
-        return hidden.float() @ self.weight + self.bias
+        """[*n, h] hidden states in any dtype -> [*n] numbers in the head's dtype."""
+        return hidden.to(self.weight.dtype) @ self.weight + self.bias
 
     @torch.no_grad()
     def copy_from(self, other: "ScalarHead") -> None:
@@ -46,8 +47,9 @@ class LMHead:
     """Logits are multiplied by this (Cohere's logit_scale, the inverse of Granite's logits_scaling)."""
 
     def logits(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
-        """Logits in float32; the product runs in the base's dtype."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        """Logits in at least float32; the product runs in the base's dtype."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

@@ -70,6 +70,7 @@ class LoraLinear(nn.Module):
         self.scale[name] = alpha / rank
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        """[*n, in_features] -> [*n, out_features] with the adapter that is active now."""
         y = self.linear(x)
         adapter = self.switch.active
         if adapter is None:
@@ -79,6 +80,7 @@ class LoraLinear(nn.Module):
         return y + self.scale[adapter] * update
 
     def extra_repr(self) -> str:
+        """The adapters' names, for `print(model)`."""
         return f"adapters={list(self.scale)}"
 
 

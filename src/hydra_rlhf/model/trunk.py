@@ -81,6 +81,7 @@ class Trunk(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportReturnType]
 
     @property

@@ -38,6 +38,15 @@ def _highest_by_getrusage() -> int:
     return highest if sys.platform == "darwin" else highest * 1024
 
 
+METRIC_OF = {
+    "rss_bytes": "memory/rss_bytes",
+    "peak_rss_bytes": "memory/peak_rss_bytes",
+    "cuda_allocated_bytes": "memory/cuda_allocated_bytes",
+    "cuda_peak_allocated_bytes": "memory/cuda_peak_allocated_bytes",
+    "cuda_peak_reserved_bytes": "memory/cuda_peak_reserved_bytes",
+}
+
+
 class PhaseMemory:
     """What each named phase of a run needed; a phase that is entered again keeps its highest numbers.
 
@@ -79,7 +88,7 @@ class PhaseMemory:
                 numbers[key] = max([numbers[key], *(seen.get(key, 0) for seen in self._phases.values())])
         if devices := _cuda_devices():
             numbers["cuda_allocated_bytes"] = sum(torch.cuda.memory_allocated(device) for device in devices)
-        return {f"memory/{key}": float(count) for key, count in numbers.items()}
+        return {METRIC_OF[key]: float(count) for key, count in numbers.items()}
 
 
 def _cuda_devices() -> range:

@@ -46,6 +46,7 @@ class Job:
 
     @property
     def table(self) -> RoleTable:
+        """The role table of this run."""
         return method_table(self.recipe)
 
 

@@ -18,6 +18,9 @@ from hydra_rlhf.runtime.randomness import permutation
 from hydra_rlhf.stages.micro_batches import micro_batches
 from hydra_rlhf.stages.ppo_state import TrainPass
 
+GRAD_NORM_OF = {"actor": "optim/actor_grad_norm", "critic": "optim/critic_grad_norm"}
+LEARNING_RATE_OF = {"actor": "optim/actor_learning_rate", "critic": "optim/critic_learning_rate"}
+
 MAX_SKIPPED_IN_A_ROW = 3
 """Optimizer steps in a row without finite loss and gradient after which a run stops."""
 
@@ -154,8 +157,8 @@ def apply(
         )
     metrics: dict[str, float] = {}
     for role in roles:
-        metrics[f"optim/{role}_grad_norm"] = result.grad_norm
+        metrics[GRAD_NORM_OF[role]] = result.grad_norm
         rates = [rate for group, rate in result.learning_rates.items() if group.startswith(f"{role}/")]
         if rates:
-            metrics[f"optim/{role}_learning_rate"] = rates[0]
+            metrics[LEARNING_RATE_OF[role]] = rates[0]
     return metrics

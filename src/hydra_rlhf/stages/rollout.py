@@ -27,6 +27,15 @@ RewardFunction = Callable[..., Sequence[float] | Sequence[Sequence[float]]]
 """`(prompts, responses, **columns) -> one float per response, or one list of per-token floats per response`."""
 
 
+FIELDS_OF = {
+    "actor": {"logprobs": "logprobs", "entropy": "entropy"},
+    "reference": {"logprobs": "ref_logprobs"},
+    "critic": {"values": "values"},
+    "reward": {"scores": "scores"},
+}
+"""Where each role's output goes: {role: {field of RoleOutput: field of Scored}}."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Responses:
     """Sampled responses joined to their prompts."""
@@ -138,30 +147,28 @@ def score_roles(
 ) -> Scored:
     """What the named roles say about every row, with one trunk pass per (trunk, adapter) and micro-batch."""
     names = list(roles)
-    shape, device = batch.response_mask.shape, batch.tokens.device
-    field_of = {
-        "actor": ("logprobs", "entropy"),
-        "reference": ("logprobs",),
-        "critic": ("values",),
-        "reward": ("scores",),
-    }
-    target_of = {("reference", "logprobs"): "ref_logprobs"}
-    fields: dict[str, Tensor] = {
-        name: torch.zeros(shape, device=device) for name in ("logprobs", "entropy", "ref_logprobs", "values")
-    }
-    fields["scores"] = torch.zeros(shape[0], device=device)
+    mask = batch.response_mask
+    fields: dict[str, Tensor] = {}
     for rows, micro_batch in micro_batches(batch, micro_batch_tokens):
         outputs = model.evaluate(micro_batch, names, temperature=temperature)
         width = micro_batch.response_mask.shape[1]
         for role in names:
-            for field in field_of[role]:
-                value = getattr(outputs[role], field)
-                target = fields[target_of.get((role, field), field)]
+            for source, field in FIELDS_OF[role].items():
+                value: Tensor = getattr(outputs[role], source)
+                if field not in fields:
+                    fields[field] = value.new_zeros(mask.shape[: value.dim()])
                 if value.dim() == 1:
-                    target[rows] = value
+                    fields[field][rows] = value
                 else:
-                    target[rows, :width] = value
-    return Scored(**fields)
+                    fields[field][rows, :width] = value
+    nothing = torch.zeros(mask.shape, device=mask.device)
+    return Scored(
+        logprobs=fields.get("logprobs", nothing),
+        entropy=fields.get("entropy", nothing),
+        ref_logprobs=fields.get("ref_logprobs", nothing),
+        values=fields.get("values", nothing),
+        scores=fields.get("scores", nothing[:, 0]),
+    )
 
 
 def collect_rollout(

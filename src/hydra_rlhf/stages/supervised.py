@@ -85,8 +85,7 @@ def train_supervised(
 
             # Record: log, look at held-out pairs, save.
             num_tokens = sum(token_counts(batch))
-            seconds = watch.metrics({})["time/step_s"]
-            metrics |= {"train/num_tokens": float(num_tokens), "train/tokens_per_s": num_tokens / seconds}
+            metrics |= {"train/num_tokens": float(num_tokens), "train/tokens_per_s": num_tokens / watch.seconds}
             if held_out and config.eval_every and due(config.eval_every, step, num_steps):
                 metrics |= evaluate_preferences(
                     model,
@@ -95,7 +94,7 @@ def train_supervised(
                     micro_batch_tokens=config.micro_batch_tokens,
                     adapter=adapter,
                 )
-            session.log(stage, step, metrics | {"time/step_s": watch.metrics({})["time/step_s"]})
+            session.log(stage, step, metrics | {"time/step_s": watch.seconds})
             progress.advance(num_tokens, {"loss": metrics["loss/total"]})
             if due(config.save_every, step, num_steps) or session.stop.requested:
                 tensors = {"model": {n: p.detach() for n, p in parameters.items()}, "optimizer": optimizer.state()}

@@ -8,6 +8,11 @@ import torch
 
 from hydra_rlhf.runtime.measure import PhaseMemory
 
+SECONDS_OF = {"rollout": "time/rollout_s", "score": "time/score_s", "update": "time/update_s"}
+"""Metric of each phase's seconds."""
+RATE_OF = {"rollout": "rollout/tokens_per_s", "update": "update/tokens_per_s"}
+"""Metric of each phase's response tokens per second."""
+
 
 class Stopwatch:
     """Times the phases of one training step; on CUDA it waits for the device at phase ends, so that times are true."""
@@ -28,7 +33,12 @@ class Stopwatch:
         self._seconds[name] = time.perf_counter() - start
 
     def metrics(self, num_tokens: Mapping[str, int]) -> dict[str, float]:
-        """`time/<phase>_s` and `time/step_s`, and `<phase>/tokens_per_s` for phases with a token count."""
-        times = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
-        rates = {f"{name}/tokens_per_s": count / self._seconds[name] for name, count in num_tokens.items()}
-        return times | rates | {"time/step_s": time.perf_counter() - self._start}
+        """Seconds of the phases that have a metric, and tokens per second of those with a token count."""
+        times = {SECONDS_OF[name]: seconds for name, seconds in self._seconds.items() if name in SECONDS_OF}
+        rates = {RATE_OF[name]: count / self._seconds[name] for name, count in num_tokens.items()}
+        return times | rates | {"time/step_s": self.seconds}
+
+    @property
+    def seconds(self) -> float:
+        """Since the step began."""
+        return time.perf_counter() - self._start
