@@ -210,7 +210,8 @@ class HydraModel(nn.Module):
         role = self.table[role_name]
         trunk = self.trunk(role.trunk)
         if role.adapter is not None:
-            groups = {"adapter": {f"{role.trunk}.{n}": p for n, p in trunk.adapter_parameters(role.adapter).items()}}
+            named = trunk.adapter_parameters(role.adapter)
+            groups = {"adapter": {f"{role.trunk}.{name}.{role.adapter}": p for name, p in named.items()}}
         else:
             groups = {"trunk": {f"{role.trunk}.{n}": p for n, p in trunk.base_parameters().items()}}
         if role.head != "lm":
