@@ -27,7 +27,6 @@ Changes = dict[str, list[tuple[str, str, str]]]
 """The changes of one module: function -> (mistake, old, new)."""
 
 STANDARDIZE = "    return centred * (masked_variance(x, mask) + VARIANCE_FLOOR).rsqrt()"
-SCALE = "    return zero_outside(x, mask) * (masked_variance(x, mask) + VARIANCE_FLOOR).rsqrt()"
 
 MASKING: Changes = {
     "standardize": [
@@ -39,13 +38,6 @@ MASKING: Changes = {
         ("variance of all entries", STANDARDIZE, "    return centred * (x.var(correction=0) + VARIANCE_FLOOR).rsqrt()"),
         ("padding counted", STANDARDIZE, "    return centred * ((centred**2).mean() + VARIANCE_FLOOR).rsqrt()"),
         ("no floor", STANDARDIZE, STANDARDIZE.replace(" + VARIANCE_FLOOR", "")),
-    ],
-    "scale_to_unit_variance": [
-        ("centred", SCALE, SCALE.replace("zero_outside(x, mask)", "zero_outside(x - masked_mean(x, mask), mask)")),
-        ("sign lost", SCALE, SCALE.replace("zero_outside(x, mask)", "zero_outside(x, mask).abs()")),
-        ("root mean square", SCALE, SCALE.replace("masked_variance(x, mask)", "masked_mean(x**2, mask)")),
-        ("mask ignored", SCALE, SCALE.replace("zero_outside(x, mask) ", "x ")),
-        ("no floor", SCALE, SCALE.replace(" + VARIANCE_FLOOR", "")),
     ],
     "masked_sum and its relatives": [
         ("multiplied by the mask", "    return torch.where(mask, x, 0.0)", "    return x * mask"),

@@ -76,7 +76,7 @@ def add_run_commands(commands: Any) -> None:
     command = commands.add_parser("eval", help="held-out numbers of a run, with confidence intervals")
     command.add_argument("run", type=Path, help="run folder")
     command.add_argument("--checkpoint", choices=["last", "best"], default="last")
-    command.add_argument("--num-prompts", type=positive_int, default=None, help="held-out prompts (default: the recipe's)")
+    command.add_argument("--num-prompts", type=positive_int, default=None, help="held-out prompts (default: recipe)")
     command.set_defaults(command=evaluate)
     command = commands.add_parser("report", help="write report.html and report.md of a run again")
     command.add_argument("run", type=Path, help="run folder")
@@ -188,7 +188,7 @@ def data_check(args: argparse.Namespace) -> None:
     tokenizer = None
     if args.tokenizer is not None:
         from hydra_rlhf.config import ModelConfig
-        from hydra_rlhf.model.trunk import load_tokenizer
+        from hydra_rlhf.model.load import load_tokenizer
 
         tokenizer = load_tokenizer(args.tokenizer, ModelConfig())
     checked = check_file(args.file, config, tokenizer)

@@ -1,30 +1,13 @@
-"""Every setting, once. The docstring under a field is its `--help` text; stages read `config.x` where they use it.
+"""Every setting, once: a recipe (YAML) fills a `Recipe`. Docstrings of fields are their `--help`. Imports no torch."""
 
-A recipe is one YAML file that fills a `Recipe`; `recipes.py` reads it and names what is wrong. Imports no torch.
-"""
-
-from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field, dataclasses
 
-from hydra_rlhf.config_checks import (
-    STRICT,
-    Betas,
-    Count,
-    Fraction,
-    NonNegative,
-    PositiveFloat,
-    PositiveInt,
-    check_ppo,
-)
-
-Method = Literal["ppo", "lora-ppo", "d-lora-ppo", "j-hydra-ppo", "hydra-ppo"]
-Dtype = Literal["float32", "bfloat16"]
+from hydra_rlhf.config_checks import STRICT, Betas, Count, Fraction, NonNegative, PositiveFloat, PositiveInt, check_ppo
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     """Where rows come from, how they are cut and what happens to bad ones."""
 
@@ -34,7 +17,7 @@ class DataConfig:
     """Held-out data in the same form; without it `test_frac` of the prompts of `train` is held out."""
     format: str = "auto"
     """Row format of `train` and `test`; `auto` detects it. `hydra-rlhf data formats` lists the names."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = Field(default_factory=dict)
     """Other column names, as {ours: theirs}, e.g. {prompt: question, chosen: response_j}."""
     prompts: str | None = None
     """Prompt-only data for PPO; without it PPO uses the prompts of `train`."""
@@ -57,21 +40,20 @@ class DataConfig:
     on_bad_row: Literal["error", "skip"] = "error"
     """What a malformed row does: stop with file and line before any weight is loaded, or be skipped and counted."""
     chat_template: Literal["auto", "tokenizer", "plain", "none"] = "auto"
-    """`tokenizer`: its own template; `plain`: the documented `User:`/`Assistant:` one; `none`: strings as they are.
-    `auto`: the tokenizer's if it has one; else `plain` for messages and `none` for strings."""
+    """`auto`: the tokenizer's; without one `plain` (`User:`/`Assistant:`) for messages, `none` (as is) for strings."""
     world_pairs: PositiveInt = 6000
     """Number of preference pairs drawn from the built-in world (train and test together)."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
     """The base model that every role starts from."""
 
     path: str = "scratch:tiny"
-    """Hub name, local folder, or `scratch:tiny` / `scratch:small` (a Llama trained from nothing with its own tokenizer)."""
+    """Hub name, local folder, or `scratch:tiny` / `scratch:small` (a Llama from nothing, with its own tokenizer)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) to pin."""
-    dtype: Dtype = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the base's weights; heads and their statistics are always float32."""
     device: str = "auto"
     """`auto` (CUDA if there is one, else CPU), `cpu`, `cuda` or `cuda:N`."""
@@ -83,7 +65,7 @@ class ModelConfig:
     """Vocabulary of the byte-level BPE that `scratch:` models train on the data."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoraConfig:
     """The low-rank adapters of stage 2 (and of stage 1 where `tuning` is `lora`)."""
 
@@ -93,11 +75,11 @@ class LoraConfig:
     """The update is scaled by alpha / rank; learning rates are stated for a scale of 2."""
     targets: tuple[str, ...] = ("all-linear",)
     """`all-linear`, or the last names of the linears to adapt, e.g. [q_proj, v_proj]."""
-    dtype: Dtype = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype the adapters are stored and trained in; they compute in the base's dtype."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class StartConfig:
     """Finished stage-1 models to start from instead of training them; a stage given here is not run."""
 
@@ -111,8 +93,24 @@ class StartConfig:
     """A `hydra_sft` folder of another run."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class SupervisedConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerConfig:
+    """What all stages say about their forwards and their optimizer (AdamW)."""
+
+    micro_batch_tokens: PositiveInt = 8192
+    """Padded tokens per forward; a memory knob only, never changes a loss."""
+    warmup_frac: Fraction = 0.05
+    """Share of the steps in which learning rates rise linearly from zero."""
+    adam_betas: Betas = (0.9, 0.95)
+    """Adam's two decay rates."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay, applied to every trained tensor."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Each optimizer's gradients are scaled down to this global norm."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class SupervisedConfig(OptimizerConfig):
     """One supervised stage: SFT or reward model."""
 
     tuning: Literal["full", "lora"] = "full"
@@ -123,18 +121,8 @@ class SupervisedConfig:
     """Peak learning rate; default 1e-5 for `full`, 2e-4 for `lora`."""
     batch_size: PositiveInt = 32
     """Pairs (or demonstrations) per optimizer step."""
-    micro_batch_tokens: PositiveInt = 8192
-    """Padded tokens per forward; a memory knob only, never changes a loss."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the learning rate after warm-up; linear and cosine end at zero."""
-    warmup_frac: Fraction = 0.05
-    """Share of the steps in which the learning rate rises linearly from zero."""
-    adam_betas: Betas = (0.9, 0.95)
-    """Adam's two decay rates."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay (AdamW), applied to every trained tensor."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global norm."""
     eval_every: Count = 50
     """Optimizer steps between evaluations on held-out data; 0 = only at the end."""
     max_eval_rows: PositiveInt = 512
@@ -143,7 +131,7 @@ class SupervisedConfig:
     """Optimizer steps between checkpoints; 0 = only at the end of the stage."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class HydraSFTConfig(SupervisedConfig):
     """Joint SFT and reward training: loss = cross entropy + reward_loss_coef * ranking loss."""
 
@@ -151,7 +139,7 @@ class HydraSFTConfig(SupervisedConfig):
     """Weight of the ranking loss (the paper's gamma)."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class SamplingConfig:
     """How responses are drawn; log-probs are taken at the same temperature."""
 
@@ -171,12 +159,12 @@ class SamplingConfig:
     """Responses decoded together; 0 = the whole rollout batch. A memory knob only."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class RewardConfig:
     """Where scores come from and what is done to them before they become rewards."""
 
     reward_fn: str | None = None
-    """A Python callable `(prompts, responses, **columns) -> list of float (or per-token lists)`, as `module:function`."""
+    """Python function `(prompts, responses, **columns) -> floats (or per-token lists)`, as `module:function`."""
     reward_fn_coef: float = 1.0
     """Weight of the reward function's scores."""
     reward_model_coef: float = 1.0
@@ -189,8 +177,8 @@ class RewardConfig:
     """Subtracted from the score of a response that has no stop token."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class PPOConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class PPOConfig(OptimizerConfig):
     """Stage 2."""
 
     num_steps: PositiveInt = 100
@@ -203,8 +191,6 @@ class PPOConfig:
     """Passes over each rollout."""
     minibatch_size: PositiveInt = 32
     """Sequences per optimizer step; must divide rollout_batch_size * samples_per_prompt."""
-    micro_batch_tokens: PositiveInt = 8192
-    """Padded tokens per forward in scoring and learning; a memory knob only, never changes a loss."""
     sampling: SamplingConfig = SamplingConfig()
     """How responses are drawn."""
     reward: RewardConfig = RewardConfig()
@@ -212,8 +198,7 @@ class PPOConfig:
     kl_coef: NonNegative = 0.02
     """Reward lost (or loss added) per nat of KL(actor || reference)."""
     kl_estimator: Literal["k1", "k2", "k3", "none"] | None = None
-    """Per-token KL estimate (Schulman 2020): k1 = log-ratio, k2 = half its square, k3 = ratio - 1 - log-ratio;
-    `none` = no KL term. Default: k1 in the reward, k2 in the loss."""
+    """Per-token KL (Schulman 2020), l = log-ratio: k1 = l, k2 = l^2 / 2, k3 = e^-l - 1 + l; default k1 (loss: k2)."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Subtract the KL from each token's reward, or add it to the policy loss."""
     kl_target: PositiveFloat | None = None
@@ -246,14 +231,6 @@ class PPOConfig:
     """A role without a LoRA set trains its whole trunk at its rate times this."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the learning rates after warm-up; linear and cosine end at zero."""
-    warmup_frac: Fraction = 0.05
-    """Share of the steps in which the learning rates rise linearly from zero."""
-    adam_betas: Betas = (0.9, 0.95)
-    """Adam's two decay rates."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay (AdamW), applied to every trained tensor."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Each optimizer's gradients are scaled down to this global norm."""
     eval_every: Count = 10
     """PPO steps between evaluations on held-out prompts; 0 = never."""
     num_eval_prompts: PositiveInt = 64
@@ -262,12 +239,10 @@ class PPOConfig:
     """PPO steps between checkpoints; 0 = only at the end."""
     num_logged_samples: Count = 4
     """Rollout samples written to samples.jsonl each step."""
-
-    def __post_init__(self) -> None:
-        check_ppo(self)
+    __post_init__ = check_ppo
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluationConfig:
     """The evaluation at the end of a run (and of `hydra-rlhf eval`)."""
 
@@ -279,7 +254,7 @@ class EvaluationConfig:
     """Pairs of responses kept as text for the report."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class RuntimeConfig:
     """The machine's side of a run; nothing here changes what is learned, except by summation order."""
 
@@ -291,7 +266,7 @@ class RuntimeConfig:
     """Newest checkpoints kept per stage (the best one is kept besides)."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
     """One complete run: data, model, stage 1, stage 2, evaluation, report."""
 
@@ -299,7 +274,7 @@ class Recipe:
     """Name of the run folder inside `output_dir`."""
     output_dir: str = "runs"
     """Folder that holds run folders."""
-    method: Method = "hydra-ppo"
+    method: Literal["ppo", "lora-ppo", "d-lora-ppo", "j-hydra-ppo", "hydra-ppo"] = "hydra-ppo"
     """Which table of roles: ppo, lora-ppo, d-lora-ppo, j-hydra-ppo or hydra-ppo."""
     seed: Count = 0
     """Seed of every random stream of the run."""

@@ -41,8 +41,8 @@ def check_ppo(config: "PPOConfig") -> None:
         )
     if config.kl_target is not None and num_sequences >= 5 * config.kl_horizon:
         raise ConfigError(
-            f"ppo.kl_horizon={config.kl_horizon} is too short for {num_sequences} sequences a step: the coefficient could "
-            f"become negative; use at least {num_sequences // 5 + 1}"
+            f"ppo.kl_horizon={config.kl_horizon} is too short for {num_sequences} sequences a step: the coefficient "
+            f"could become negative; use at least {num_sequences // 5 + 1}"
         )
     if config.sampling.min_response_tokens > config.sampling.max_response_tokens:
         raise ConfigError(

@@ -39,7 +39,7 @@ class RewardFunctionError(HydraError):
     """A reward function raised, or returned something other than one finite number (or list) per response."""
 
 
-class Interrupted(HydraError):
+class Interrupted(HydraError):  # noqa: N818 (a request that was obeyed, not a mistake)
     """SIGINT or SIGTERM asked the run to stop; it left a checkpoint that `--resume` continues from."""
 
     def __init__(self, signal_number: int) -> None:

@@ -71,7 +71,7 @@ class Rollout:
     entropy: Float[Tensor, "b r"]
     """Entropy in nats of the actor's distribution that response token t was drawn from; 0 where masked."""
     scores: Float[Tensor, " b"]
-    """Score of each response before shaping: reward head and reward function, weighted; only differences mean anything."""
+    """Score of each response before shaping: reward head and reward function, weighted; only differences count."""
     dense_rewards: Float[Tensor, "b r"]
     """Per-token rewards of a reward function that returns lists; 0 elsewhere. Their sum is part of `scores`."""
 

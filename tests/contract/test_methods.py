@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
+
 from contract.tiny import (
     CONFIGS,
     METHODS,
@@ -14,8 +16,6 @@ from contract.tiny import (
     snapshot,
     tiny_hydra,
 )
-from torch.testing import assert_close
-
 from hydra_rlhf.config import Recipe, RewardConfig
 from hydra_rlhf.memory.count import count_method
 from hydra_rlhf.memory.measure import count_tensor_bytes
@@ -46,7 +46,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def rollout_of(hydra: HydraModel, config, step: int = 0, rows=range(6)):
-    batch = prompt_batch(prompts(), list(rows) + [0, 1], 1, 0, torch.device("cpu"))
+    batch = prompt_batch(prompts(), [*rows, 0, 1], 1, 0, torch.device("cpu"))
     responses = sample_responses(hydra, chat(hydra), "actor", batch, config.sampling, stream=(0, step))
     return collect_rollout(
         hydra,
@@ -101,7 +101,9 @@ def test_counted_bytes_equal_held_bytes(method: str, family: str):
     counted = count_method(hydra.table, base_sizes(hydra))
     trunk_bytes = count_tensor_bytes(p for n in hydra.trunks for p in hydra.trunk(n).base_parameters().values())
     lora_bytes = count_tensor_bytes(
-        p for adapter, trunk in adapters(hydra.table).items() for p in hydra.trunk(trunk).adapter_parameters(adapter).values()
+        p
+        for adapter, trunk in adapters(hydra.table).items()
+        for p in hydra.trunk(trunk).adapter_parameters(adapter).values()
     )
     assert counted.trunks == trunk_bytes
     assert counted.adapters == lora_bytes
@@ -123,7 +125,11 @@ def test_before_the_first_step_ratios_are_one(method: str, family: str):
     rollout = rollout_of(hydra, config)
     targets = judge(rollout, config, kl_coef=0.0, scale=1.0)
     frozen = ppo_config(
-        num_epochs=1, minibatch_size=8, actor_learning_rate=1e-30, critic_learning_rate=1e-30, value_head_learning_rate=1e-30
+        num_epochs=1,
+        minibatch_size=8,
+        actor_learning_rate=1e-30,
+        critic_learning_rate=1e-30,
+        value_head_learning_rate=1e-30,
     )
     for budget, tolerance in ((config.micro_batch_tokens, 0.0), (8, 1e-5), (10_000, 1e-5)):
         probe = ppo_config(**{**vars_of(frozen), "micro_batch_tokens": budget})
@@ -147,7 +153,9 @@ def test_only_declared_tensors_learn_and_each_of_them_does(method: str, family: 
     for step in range(2):
         ppo_step(hydra, config, optimizers, step)
     moved = changed(before, snapshot(hydra))
-    declared = {id(p) for role in ("actor", "critic") for g in hydra.trained_parameters(role).values() for p in g.values()}
+    declared = {
+        id(p) for role in ("actor", "critic") for g in hydra.trained_parameters(role).values() for p in g.values()
+    }
     names = {name: id(parameter) for name, parameter in hydra.named_parameters()}
     assert moved <= {name for name, key in names.items() if key in declared}
     adapter_tensors = {name for name in names if ".lora_" in name}
@@ -193,7 +201,9 @@ def test_the_critic_starts_as_the_reward_model(method: str, family: str):
         if r > 1:
             one = alone(batch, row)
             shorter = type(one)(
-                tokens=one.tokens[:, :-1], attention_mask=one.attention_mask[:, :-1], response_mask=one.response_mask[:, :-1]
+                tokens=one.tokens[:, :-1],
+                attention_mask=one.attention_mask[:, :-1],
+                response_mask=one.response_mask[:, :-1],
             )
             score = hydra.evaluate(shorter, ["reward"])["reward"].scores
             assert_close(values[row, r - 1], score[0], atol=2e-5, rtol=1e-5)
@@ -232,7 +242,9 @@ def test_micro_batches_padding_and_checkpointing_do_not_change_gradients(method:
         config = ppo_config(num_epochs=1, minibatch_size=8, micro_batch_tokens=24)
         rollout = rollout_of(hydra, config)
         targets = judge(rollout, config, kl_coef=0.1, scale=1.0)
-        found = gradients(hydra, ppo_config(num_epochs=1, minibatch_size=8, micro_batch_tokens=budget), rollout, targets)
+        found = gradients(
+            hydra, ppo_config(num_epochs=1, minibatch_size=8, micro_batch_tokens=budget), rollout, targets
+        )
         if reference is None:
             reference = found
         assert found.keys() == reference.keys()

@@ -20,8 +20,9 @@ from hydra_rlhf.config import DataConfig, LoraConfig, PPOConfig, SamplingConfig
 from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt, chat_format
 from hydra_rlhf.data.scratch_tokenizer import scratch_tokenizer
 from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.model.load import attention_implementation, to_dtype, without_dropout
 from hydra_rlhf.model.roles import ROLES, trunks
-from hydra_rlhf.model.trunk import Trunk, attention_implementation, to_dtype, without_dropout
+from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.records import TokenBatch
 
 VOCAB = 300
@@ -40,7 +41,9 @@ CONFIGS = {
     "llama": LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
     "opt": OPTConfig(**SHAPE, ffn_dim=24, word_embed_proj_dim=8, tie_word_embeddings=True),
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
     "qwen3": Qwen3Config(**LLAMA_LIKE, head_dim=8, tie_word_embeddings=True),
     "gemma2": Gemma2Config(
         **LLAMA_LIKE,
@@ -75,7 +78,9 @@ def tiny_trunk(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
     return Trunk(to_dtype(model, dtype))
 
 
-def tiny_hydra(method: str, family: str = "llama", dtype: torch.dtype = torch.float32, lora: LoraConfig = LORA) -> HydraModel:
+def tiny_hydra(
+    method: str, family: str = "llama", dtype: torch.dtype = torch.float32, lora: LoraConfig = LORA
+) -> HydraModel:
     """Every role of a method on one random model; reward heads are random and equal on all trunks."""
     base = tiny_trunk(family, dtype)
     table = ROLES[method]

@@ -125,8 +125,3 @@ def test_calibration_error():
     # Margin 0 says one half and is half right; an infinite one is certain, and here wrong.
     assert statistics.calibration_error([0.0]) == 0.0
     assert statistics.calibration_error([-math.inf]) == 1.0
-
-
-def test_longer_wins():
-    # longer, equal, shorter, longer: 2.5 of 4
-    assert statistics.longer_wins([5, 3, 4, 7], [2, 3, 9, 1]) == 0.625

@@ -44,14 +44,6 @@ def standardize(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Flo
     return centred * (masked_variance(x, mask) + VARIANCE_FLOOR).rsqrt()
 
 
-def scale_to_unit_variance(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Divide by the masked standard deviation, so that the mean keeps its sign; 0 outside.
-
-    Equal entries have no scale of their own: they are multiplied by 1e4 (`VARIANCE_FLOOR`).
-    """
-    return zero_outside(x, mask) * (masked_variance(x, mask) + VARIANCE_FLOOR).rsqrt()
-
-
 def is_prefix(mask: Bool[Tensor, "b r"]) -> bool:
     """Whether each row counts its first entries and none after them."""
     return not bool((mask[:, 1:] & ~mask[:, :-1]).any())

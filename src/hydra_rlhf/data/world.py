@@ -43,7 +43,7 @@ WORDS_PER_UNKNOWN_FAULT = 8
 REPETITION_POINTS = 1.0
 """Lost for each greeting, answer, offer or farewell after the first."""
 
-TEMPERATURE = 1.9
+TEMPERATURE = 1.8
 """Gold points per unit of Bradley–Terry log-odds; gold itself then ranks about 87 % of the pairs right."""
 MIN_GAP = 1.5
 """Smallest difference in gold, in points, between the two replies of a pair."""

@@ -25,7 +25,7 @@ def compare_with_reference(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(summary numbers, samples): win rates of the actor with intervals, scores, gold where there is one, KL, lengths.
 
-    Both sides draw from random streams of their own, one sample per prompt at the training temperature; ties count half.
+    Each side draws from its own random stream, one sample per prompt at the training temperature; ties count half.
     """
     actor, reference = (
         sample_and_score(

@@ -1,4 +1,4 @@
-"""How well LoRA-off roles fit held-out pairs: perplexity of the LM head, accuracy and calibration of the reward head."""
+"""How well LoRA-off roles fit held-out pairs: perplexity (LM head), accuracy and calibration (reward head)."""
 
 import math
 from collections.abc import Sequence

@@ -107,8 +107,3 @@ def calibration_error(margins: Sequence[float], *, num_bins: int = 10) -> float:
         bins[index].append((confidence, right))
     gaps = [abs(sum(right - confidence for confidence, right in members)) for members in bins]
     return sum(gaps) / len(margins)
-
-
-def longer_wins(chosen_lengths: Sequence[int], rejected_lengths: Sequence[int]) -> float:
-    """Pair accuracy of the rule "the longer response is better", ties half: the floor a reward model must beat."""
-    return win_rate(chosen_lengths, rejected_lengths)

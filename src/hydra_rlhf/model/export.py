@@ -146,7 +146,7 @@ def refuse_unsupported(config: Mapping[str, Any], folder: Path) -> None:
 
 @torch.no_grad()
 def copy_adapter(trunk: Trunk, adapter: str, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Copy {path.lora_A | path.lora_B: tensor} into a LoRA set of the same shape. Raises `ModelError` naming what differs."""
+    """Copy {path.lora_A | path.lora_B: tensor} into a LoRA set. Raises `ModelError` naming what does not fit."""
     parameters = trunk.adapter_parameters(adapter)
     if set(parameters) != set(tensors):
         odd = sorted(set(parameters) ^ set(tensors))[:3]
@@ -160,7 +160,7 @@ def copy_adapter(trunk: Trunk, adapter: str, tensors: Mapping[str, torch.Tensor]
 
 
 def save_merged(trunk: Trunk, adapter: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the policy as a plain transformers folder; the adapter is merged into a copy, never into the shared base."""
+    """Write the policy as a plain transformers folder; the adapter is merged into a copy, not the shared base."""
     import copy
 
     merged = copy.deepcopy(trunk)

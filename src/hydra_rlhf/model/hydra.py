@@ -1,4 +1,4 @@
-"""All models of one method on as few trunks as its table names: trunks + adapters + heads, one pass per (trunk, adapter)."""
+"""All models of one method: the trunks its table names, their adapters and heads; one pass per (trunk, adapter)."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hydra_rlhf.config import LoraConfig, ModelConfig
 from hydra_rlhf.errors import CheckpointError, ConfigError
 from hydra_rlhf.model.heads import ScalarHead
+from hydra_rlhf.model.load import DTYPES, load_tokenizer, load_trunk
 from hydra_rlhf.model.logprobs import last_states, predicting_states, response_logprobs
 from hydra_rlhf.model.roles import (
     ROLES,
@@ -25,7 +26,7 @@ from hydra_rlhf.model.roles import (
     trunks,
     without_roles,
 )
-from hydra_rlhf.model.trunk import DTYPES, Trunk, load_tokenizer, load_trunk, stop_token_ids
+from hydra_rlhf.model.trunk import Trunk, stop_token_ids
 from hydra_rlhf.records import TokenBatch
 from hydra_rlhf.runtime.randomness import generator, seed_for
 
@@ -48,7 +49,7 @@ class HydraModel(nn.Module):
     """Every role of a method's table on shared weights.
 
     `trunks` and `scalar_heads` are built to fit the table; LM heads belong to their trunk. Roles in `TRAINABLE_ROLES`
-    have gradients on their LoRA set where they have one, else on their trunk, and on their scalar head; nothing else has.
+    have gradients on their LoRA set where they have one, else on their trunk, and on their scalar head; others none.
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class HydraModel(nn.Module):
     ) -> None:
         """Put heads and adapters on trunks that are already in storage of their own.
 
-        `reward_heads` holds trained reward heads by trunk; a missing one starts at random (seeded). The value head starts
-        as the reward head, and at zero where the table has no reward role.
+        `reward_heads` holds trained reward heads by trunk; a missing one starts at random (seeded). The value head
+        starts as the reward head, and at zero where the table has no reward role.
         """
         super().__init__()
         self.table = table
@@ -116,7 +117,7 @@ class HydraModel(nn.Module):
         seed: int,
         trust_remote_code: bool = False,
     ) -> "HydraModel":
-        """Load each stage-1 model of `folders` ({stage: folder or hub name}) and copy it once per trunk that starts as it."""
+        """Load each stage-1 model of `folders` ({stage: folder or hub name}); one copy per trunk that starts as it."""
         from hydra_rlhf.model.export import load_reward_head
 
         loaded: dict[str, Trunk] = {}
@@ -163,8 +164,8 @@ class HydraModel(nn.Module):
     ) -> dict[str, RoleOutput]:
         """What the named roles say about a batch, with one trunk pass per (trunk, adapter) pair.
 
-        `lm_mask` limits the LM head to these response tokens (default: all that count). `adapter_when_off` runs LoRA-off
-        roles with that LoRA set: stage 1 may train them through one.
+        `lm_mask` limits the LM head to these response tokens (default: all that count). `adapter_when_off` runs
+        LoRA-off roles with that LoRA set: stage 1 may train them through one.
         """
         chosen = {name: self.table[name] for name in roles}
         outputs: dict[str, RoleOutput] = {}

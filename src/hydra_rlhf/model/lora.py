@@ -69,6 +69,10 @@ class LoraLinear(nn.Module):
         self.lora_B[name] = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
         self.scale[name] = alpha / rank
 
+    def drop_adapter(self, name: str) -> None:
+        """Forget one adapter."""
+        del self.lora_A[name], self.lora_B[name], self.scale[name]
+
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """[*n, in_features] -> [*n, out_features] with the adapter that is active now."""
         y = self.linear(x)
@@ -88,7 +92,8 @@ def linear_features(linear: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of an `nn.Linear` or a transformers `Conv1D`, whose weight is stored transposed."""
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
-    in_features, out_features = linear.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
+    weight: Tensor = linear.weight  # pyright: ignore[reportAssignmentType]
+    in_features, out_features = weight.shape
     return in_features, out_features
 
 

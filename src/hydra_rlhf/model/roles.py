@@ -127,5 +127,5 @@ def stage1_models(table: RoleTable) -> tuple[str, ...]:
 
 
 def without_roles(table: RoleTable, *names: str) -> RoleTable:
-    """The same table without some rows: no `reward` row with a reward function alone, no `critic` in critic-free methods."""
+    """The same table without some rows, e.g. without `reward` where a reward function alone gives the scores."""
     return MappingProxyType({name: role for name, role in table.items() if name not in names})

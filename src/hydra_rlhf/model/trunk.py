@@ -1,7 +1,7 @@
-"""One decoder: load a transformers model, return its hidden states. The only file that knows `transformers` models."""
+"""One decoder of `transformers` with its head and its LoRA sets; `load.py` makes one from a folder or a hub name."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -11,14 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from hydra_rlhf.config import ModelConfig
 from hydra_rlhf.errors import ModelError
 from hydra_rlhf.model.heads import LMHead
 from hydra_rlhf.model.lora import (
@@ -32,26 +30,6 @@ from hydra_rlhf.model.lora import (
 )
 
 transformers_logging.disable_progress_bar()  # its bars for loading and saving would break those of the stages
-
-DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-SCRATCH_SHAPES: Mapping[str, dict[str, int]] = {
-    "tiny": {
-        "hidden_size": 112,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "intermediate_size": 304,
-    },
-    "small": {
-        "hidden_size": 256,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "intermediate_size": 688,
-    },
-}
-"""Llama shapes that `scratch:` models are built with."""
 
 
 class Trunk(nn.Module):
@@ -77,7 +55,7 @@ class Trunk(nn.Module):
     @property
     def hidden_size(self) -> int:
         """Width of the hidden states that the heads read (OPT projects it down to its embedding width)."""
-        return self.model.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportReturnType]
+        return self.model.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportIndexIssue, reportReturnType]
 
     @property
     def device(self) -> torch.device:
@@ -154,10 +132,13 @@ class Trunk(nn.Module):
         return parameters
 
     def merge_adapter(self, name: str) -> None:
-        """Turn `name` into part of the weights, once, and drop every adapter: a new base."""
+        """Turn `name` into part of the weights, once: a new base. Other adapters stay, on top of it."""
         merge_into_linears(self.lora_linears, name)
-        unwrap_linears(self.decoder, self.lora_linears)
-        self.lora_linears = {}
+        for linear in self.lora_linears.values():
+            linear.drop_adapter(name)
+        if not any(linear.scale for linear in self.lora_linears.values()):
+            unwrap_linears(self.decoder, self.lora_linears)
+            self.lora_linears = {}
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """The model's own tensors by their plain transformers names, adapters left out; tied ones once."""
@@ -170,7 +151,7 @@ class Trunk(nn.Module):
     def enable_checkpointing(self) -> None:
         """Recompute each layer in backward, with the adapter that its forward captured."""
         for layer in self.layers():
-            layer.adapter_switch = self.switch  # pyright: ignore[reportAttributeAccessIssue]
+            layer.adapter_switch = self.switch  # pyright: ignore[reportArgumentType]
             layer.forward = MethodType(checkpointed_forward, layer)
 
     def layers(self) -> list[nn.Module]:
@@ -179,7 +160,9 @@ class Trunk(nn.Module):
         for module in self.decoder.modules():
             if isinstance(module, nn.ModuleList) and len(module) == num_layers:
                 return list(module)
-        raise ModelError(f"{type(self.model).__name__}: no list of {num_layers} layers; set model.gradient_checkpointing=false")
+        raise ModelError(
+            f"{type(self.model).__name__}: no list of {num_layers} layers; use model.gradient_checkpointing=false"
+        )
 
     def drop_lm_head(self) -> None:
         """Free an untied head that no role of this trunk reads."""
@@ -219,95 +202,14 @@ def checkpointed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward = type(self).forward
     if not torch.is_grad_enabled():
         return forward(self, *args, **kwargs)
-    contexts = self.adapter_switch.recompute_contexts
+    switch: AdapterSwitch = self.adapter_switch  # pyright: ignore[reportAssignmentType]
+    contexts = switch.recompute_contexts
     return checkpoint(partial(forward, self), *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-
-def to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Cast the weights, as `from_pretrained` does; buffers such as rotary frequencies stay float32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    return model
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The decoder's own config where a multimodal family nests it."""
     return config.get_text_config(decoder=True)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f"model.device={name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"model.device={name!r}, but torch sees no CUDA device; use model.device=cpu or auto")
-    return device
-
-
-def load_trunk(path: str, config: ModelConfig, *, trust_remote_code: bool = False) -> Trunk:
-    """Load a causal LM from a hub name or a local folder, in `config.dtype`, with dropout off.
-
-    Only safetensors are read, and code from the model's repository runs only if the caller says so: a model's own
-    files are never asked. Raises `ModelError` with the reason and the way out.
-    """
-    local = Path(path)
-    if local.is_dir() and not any(local.glob("*.safetensors")):
-        raise ModelError(f"{path} holds no .safetensors file; other weight formats are not read, convert it first")
-    options = {
-        "revision": config.revision,
-        "local_files_only": config.offline,
-        "trust_remote_code": trust_remote_code,
-    }
-    try:
-        model_config = AutoConfig.from_pretrained(path, **options)
-        without_dropout(model_config)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=model_config,
-            dtype=DTYPES[config.dtype],
-            use_safetensors=True,
-            attn_implementation=attention_implementation(model_config),
-            **options,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.path={path!r} cannot be loaded as a causal LM: {first_line(error)}") from error
-    return Trunk(model.to(pick_device(config.device)))
-
-
-def scratch_trunk(shape: str, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, seed: int) -> Trunk:
-    """A Llama with random weights seeded by `seed`, for the tokenizer's vocabulary; tied embeddings."""
-    if shape not in SCRATCH_SHAPES:
-        raise ModelError(f"model.path='scratch:{shape}' is unknown; there are {', '.join(SCRATCH_SHAPES)}")
-    llama = LlamaConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **SCRATCH_SHAPES[shape],
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(llama)
-    return Trunk(to_dtype(model, DTYPES[config.dtype]).to(pick_device(config.device)))
-
-
-def load_tokenizer(path: str, config: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name or a local folder. Raises `ModelError`."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            path, revision=config.revision, local_files_only=config.offline, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.path={path!r} has no tokenizer that can be loaded: {first_line(error)}") from error
 
 
 def stop_token_ids(trunk: Trunk, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -317,23 +219,4 @@ def stop_token_ids(trunk: Trunk, tokenizer: PreTrainedTokenizerBase) -> tuple[in
         ids = tokenizer.eos_token_id
     if ids is None:
         raise ModelError("neither the model nor its tokenizer names a stop token; set ppo.sampling.stop_token_ids")
-    return (ids,) if isinstance(ids, int) else tuple(ids)
-
-
-def without_dropout(config: PretrainedConfig) -> None:
-    """Set every dropout rate of the config to zero: sampled and trained log-probs must come from one function."""
-    for part in {id(c): c for c in (config, text_config(config))}.values():
-        for name, value in list(vars(part).items()):
-            if isinstance(value, float) and ("drop" in name or "pdrop" in name):
-                setattr(part, name, 0.0)
-
-
-def attention_implementation(config: PretrainedConfig) -> str | None:
-    """Eager attention where the family caps attention logits, which fused kernels ignore; else transformers' choice."""
-    return "eager" if getattr(text_config(config), "attn_logit_softcapping", None) else None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, which says what is wrong; the rest is advice for other uses."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return (ids,) if isinstance(ids, int) else tuple(ids)  # pyright: ignore[reportReturnType]

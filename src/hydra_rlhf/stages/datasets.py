@@ -79,8 +79,8 @@ def load_raw(config: DataConfig, *, seed: int) -> RawData:
     if not train.rows or not test.rows:
         empty = "train" if not train.rows else "test"
         raise DataError(
-            f"data: the {empty} split is empty ({len(train.rows)} train, {len(test.rows)} test rows of {config.train}); "
-            f"give data.test or change data.test_frac={config.test_frac}"
+            f"data: the {empty} split is empty ({len(train.rows)} train, {len(test.rows)} test rows of {config.train})"
+            f"; give data.test or change data.test_frac={config.test_frac}"
         )
     prompts = None if config.prompts is None else without_prompts_of(load_prompts(config.prompts, config), test)
     demonstrations = None

@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from hydra_rlhf.config import Recipe
+from hydra_rlhf.data.check import longer_wins
 from hydra_rlhf.data.formats import ChatFormat
 from hydra_rlhf.evaluation.generations import compare_with_reference
 from hydra_rlhf.evaluation.preferences import evaluate_preferences
-from hydra_rlhf.evaluation.statistics import longer_wins, win_rate
+from hydra_rlhf.evaluation.statistics import win_rate
 from hydra_rlhf.memory.count import BaseSizes, count_all
-from hydra_rlhf.runtime.measure import peak_rss_bytes
 from hydra_rlhf.model.export import save_peft_adapter, save_scalar_head
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.roles import TRAINABLE_ROLES
+from hydra_rlhf.runtime.measure import peak_rss_bytes
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.datasets import Datasets, RawData, prompt_texts
 from hydra_rlhf.stages.rollout import RewardFunction
@@ -107,9 +108,7 @@ def measure(
         "checkpoint": checkpoint,
         **numbers,
         "perplexity": fit["eval/perplexity"],
-        "longer_wins_accuracy": longer_wins(
-            [len(pair.chosen) for pair in raw.test.rows], [len(pair.rejected) for pair in raw.test.rows]
-        ),
+        "longer_wins_accuracy": longer_wins(raw.test.rows),
         "gold_accuracy": gold_accuracy(raw),
         "reward_accuracy": fit.get("eval/pair_accuracy"),
         "calibration_error": fit.get("eval/calibration_error"),

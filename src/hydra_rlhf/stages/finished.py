@@ -75,9 +75,7 @@ def sample_side_by_side(
     else:
         tokenized = held_out_prompts(run.recipe, chat)[:num_prompts]
     rollouts = {
-        role: sample_and_score(
-            model, chat, role, tokenized, config, stream=(seed, "sample", role), reward_fn=reward_fn
-        )
+        role: sample_and_score(model, chat, role, tokenized, config, stream=(seed, "sample", role), reward_fn=reward_fn)
         for role in ("reference", "actor")
     }
     kl = sequence_kl(rollouts["actor"])

@@ -35,7 +35,7 @@ class HeldOut:
     def look(
         self, model: HydraModel, chat: ChatFormat, config: PPOConfig, *, seed: int, after_token: Callable[[], None]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics `eval/*` and a few responses. The random stream is the same at every look, so looks can be compared."""
+        """Metrics `eval/*` and a few responses. Every look uses the same random stream, so looks can be compared."""
         rows = range(min(config.num_eval_prompts, len(self.prompts)))
         rollout = sample_and_score(
             model,

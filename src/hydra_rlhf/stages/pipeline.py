@@ -14,8 +14,9 @@ from hydra_rlhf.data.scratch_tokenizer import scratch_tokenizer
 from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.model.export import load_peft_adapter, save_stage1
 from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.model.load import load_tokenizer, load_trunk, scratch_trunk
 from hydra_rlhf.model.roles import ROLES, STAGE1_TABLES, RoleTable, stage1_models, without_roles
-from hydra_rlhf.model.trunk import Trunk, load_tokenizer, load_trunk, scratch_trunk
+from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.runtime.randomness import seed_for
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages import hydra_sft, reward_model, sft
@@ -236,4 +237,3 @@ def settle_machine(run: Run) -> None:
     torch.set_num_threads(run.read_json(machine.name)["num_threads"])
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(run.recipe.runtime.deterministic)
-

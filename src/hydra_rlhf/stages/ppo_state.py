@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class PPOState:
     """PPO steps done."""
     kl_coef: float
     """Current coefficient; moves only with `kl_target`."""
-    moments: Moments = Moments()
+    moments: Moments = field(default_factory=Moments)
     """Running moments of the scores, for `reward.normalize`."""
     best_step: int | None = None
     """Step with the best held-out score so far."""
@@ -81,7 +81,7 @@ def save(session: Session, model: HydraModel, optimizers: Mapping[TrainPass, Opt
 def restore(
     checkpoint: Checkpoint | None, model: HydraModel, optimizers: Mapping[TrainPass, Optimizer]
 ) -> PPOState | None:
-    """Load a checkpoint into model and optimizers; None where there is none. Raises `CheckpointError` if it does not fit."""
+    """Load a checkpoint into model and optimizers; None without one. Raises `CheckpointError` if it does not fit."""
     if checkpoint is None:
         return None
     names = {"model", *(f"optimizer-{i}" for i in range(len(optimizers)))}
@@ -92,5 +92,6 @@ def restore(
     model.load_trained_state(checkpoint.tensors["model"])
     for i, optimizer in enumerate(optimizers.values()):
         optimizer.load_state(checkpoint.tensors[f"optimizer-{i}"])
-    saved = {name: checkpoint.state[name] for name in PPOState.__dataclass_fields__}
-    return PPOState(**(saved | {"moments": Moments(**saved["moments"])}))
+    saved = {f.name: checkpoint.state[f.name] for f in fields(PPOState)}
+    saved["moments"] = Moments(**saved["moments"])
+    return PPOState(**saved)

@@ -152,8 +152,8 @@ def apply(
         result = optimizer.skip()
     if optimizer.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise NonFiniteError(
-            f"{optimizer.num_skipped_in_a_row} optimizer steps in a row of {' and '.join(roles)} had a loss or gradient that "
-            f"is not finite ({dict(losses)}); lower the learning rates or clip scores, then continue with --resume"
+            f"{optimizer.num_skipped_in_a_row} optimizer steps in a row of {' and '.join(roles)} had a loss or "
+            f"gradient that is not finite ({dict(losses)}); lower the learning rates or clip scores, then use --resume"
         )
     metrics: dict[str, float] = {}
     for role in roles:

@@ -6,7 +6,7 @@ from hydra_rlhf.records import LossOutput, TokenBatch
 from hydra_rlhf.stages.examples import BatchCounts
 
 
-def loss(outputs: dict[str, RoleOutput], batch: TokenBatch, counts: BatchCounts) -> LossOutput:
+def loss(outputs: dict[str, RoleOutput], _batch: TokenBatch, counts: BatchCounts) -> LossOutput:
     """Mean of -log sigmoid(r(chosen) - r(rejected)) over the whole batch's pairs."""
     scores = outputs["reward"].scores
     assert scores is not None

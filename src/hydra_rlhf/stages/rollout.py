@@ -72,7 +72,7 @@ def prompt_rows(num_prompts: int, batch_size: int, step: int, *seed: int | str) 
 def prompt_batch(
     prompts: Sequence[TokenizedPrompt], rows: Sequence[int], samples_per_prompt: int, pad_id: int, device: torch.device
 ) -> PromptBatch:
-    """Collate the prompts at `rows`, each `samples_per_prompt` times; repeats of a prompt get further sample numbers."""
+    """Collate the prompts at `rows`, each `samples_per_prompt` times; repeats get further sample numbers."""
     repeated = [row for row in rows for _ in range(samples_per_prompt)]
     seen: Counter[int] = Counter()
     sample_index: list[int] = []
@@ -100,7 +100,7 @@ def sample_responses(
 ) -> Responses:
     """Sample one response per row from a role with an LM head; `stream` names the random stream (run seed, step, ...).
 
-    Each sequence draws from a stream of its own, (stream, prompt, sample), so neither the batch nor `batch_rows` matters.
+    Each sequence draws from its own stream, (stream, prompt, sample), so neither batch nor `batch_rows` matters.
     """
     role = model.table[role_name]
     stop_ids = model.stop_ids(sampling.stop_token_ids)
@@ -220,7 +220,7 @@ def load_reward_fn(name: str | None) -> RewardFunction | None:
         raise ConfigError(f"ppo.reward.reward_fn={name!r} cannot be imported: {error}") from error
     if not callable(function):
         raise ConfigError(f"ppo.reward.reward_fn={name!r} is a {type(function).__name__}, not a function")
-    return function
+    return function  # pyright: ignore[reportReturnType]
 
 
 def call_reward_fn(

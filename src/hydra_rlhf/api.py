@@ -1,0 +1,109 @@
+"""The Python functions: the two stages on a model in memory, without a recipe or a run folder."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hydra_rlhf.config import DataConfig, HydraSFTConfig, PPOConfig
+from hydra_rlhf.data.formats import ChatFormat, chat_format
+from hydra_rlhf.data.sources import PreferencePair, Prompt, PromptValue, Rows
+from hydra_rlhf.errors import ConfigError
+from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.stages import hydra_sft
+from hydra_rlhf.stages.held_out import HeldOut
+from hydra_rlhf.stages.ppo import train_ppo_stage
+from hydra_rlhf.stages.rollout import RewardFunction
+from hydra_rlhf.stages.session import Session
+from hydra_rlhf.stages.supervised import train_supervised
+
+Pairs = Rows[PreferencePair] | Sequence[PreferencePair]
+Prompts = Iterable[Prompt | PromptValue]
+
+
+def train_hydra_sft(
+    model: HydraModel,
+    pairs: Pairs,
+    config: HydraSFTConfig | None = None,
+    *,
+    held_out: Pairs = (),
+    data: DataConfig | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Stage 1 in place: train the shared decoder with both heads, then start the critic as the reward model.
+
+    `data` holds lengths and the chat template. Returns one dict of metrics per optimizer step. Raises `ConfigError` for a
+    method whose reference and reward model are not one trunk.
+    """
+    reference, reward = model.table.get("reference"), model.table.get("reward")
+    if reference is None or reward is None or reference.trunk != reward.trunk:
+        raise ConfigError(
+            "train_hydra_sft needs a method whose reference and reward model share one trunk (hydra-ppo or j-hydra-ppo); "
+            "train separate models with a recipe: hydra-rlhf run"
+        )
+    config = config or HydraSFTConfig()
+    rows = list(pairs.rows if isinstance(pairs, Rows) else pairs)
+    test_rows = list(held_out.rows if isinstance(held_out, Rows) else held_out)
+    chat = chat_for(model, [Prompt(row.prompt) for row in rows], data)
+    examples, _ = chat.tokenize_pairs(rows)
+    test_examples, _ = chat.tokenize_pairs(test_rows)
+    session = Session()
+    train_supervised(
+        session,
+        model,
+        examples,
+        config,
+        stage="hydra_sft",
+        loss=hydra_sft.with_coef(config.reward_loss_coef),
+        lora=model.lora,
+        seed=seed,
+        held_out=test_examples,
+    )
+    model.reset_critic()
+    return session.history
+
+
+def train_ppo(
+    model: HydraModel,
+    prompts: Prompts,
+    config: PPOConfig | None = None,
+    *,
+    reward_fn: RewardFunction | None = None,
+    held_out: Prompts = (),
+    data: DataConfig | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Stage 2 in place. Returns one dict of metrics per PPO step.
+
+    The score is the reward head's plus `reward_fn`'s, weighted as in `config.reward`; a model built with
+    `with_reward=False` is scored by `reward_fn` alone. Raises `ConfigError` where nothing scores.
+    """
+    config = config or PPOConfig()
+    if "reward" not in model.table and reward_fn is None:
+        raise ConfigError("this model has no reward role (with_reward=False); give train_ppo a reward_fn")
+    train = [as_prompt(prompt) for prompt in prompts]
+    test = [as_prompt(prompt) for prompt in held_out]
+    chat = chat_for(model, train, data)
+    tokenized, _ = chat.tokenize_prompts(train)
+    seen, _ = chat.tokenize_prompts(test)
+    session = Session()
+    train_ppo_stage(
+        session,
+        model,
+        chat,
+        tokenized,
+        config,
+        seed=seed,
+        reward_fn=reward_fn,
+        held_out=HeldOut(prompts=seen, reward_fn=reward_fn) if seen else None,
+    )
+    return session.history
+
+
+def chat_for(model: HydraModel, prompts: Sequence[Prompt], data: DataConfig | None) -> ChatFormat:
+    """The chat format of a model's tokenizer for these prompts."""
+    return chat_format(data or DataConfig(), model.tokenizer, prompts, eos_id=model.eos_id)
+
+
+def as_prompt(prompt: Prompt | PromptValue) -> Prompt:
+    """A prompt record from a record, a string or messages."""
+    return prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+

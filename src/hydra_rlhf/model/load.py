@@ -1,0 +1,140 @@
+"""Make a trunk: load a transformers model and its tokenizer, or build a small one from nothing."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hydra_rlhf.config import ModelConfig
+from hydra_rlhf.errors import ModelError
+from hydra_rlhf.model.trunk import Trunk, text_config
+
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+SCRATCH_SHAPES: Mapping[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 112,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 304,
+    },
+    "small": {
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 688,
+    },
+}
+"""Llama shapes that `scratch:` models are built with."""
+
+
+def to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the weights, as `from_pretrained` does; buffers such as rotary frequencies stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"model.device={name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"model.device={name!r}, but torch sees no CUDA device; use model.device=cpu or auto")
+    return device
+
+
+def load_trunk(path: str, config: ModelConfig, *, trust_remote_code: bool = False) -> Trunk:
+    """Load a causal LM from a hub name or a local folder, in `config.dtype`, with dropout off.
+
+    Only safetensors are read, and code from the model's repository runs only if the caller says so: a model's own
+    files are never asked. Raises `ModelError` with the reason and the way out.
+    """
+    local = Path(path)
+    if local.is_dir() and not any(local.glob("*.safetensors")):
+        raise ModelError(f"{path} holds no .safetensors file; other weight formats are not read, convert it first")
+    options = {
+        "revision": config.revision,
+        "local_files_only": config.offline,
+        "trust_remote_code": trust_remote_code,
+    }
+    try:
+        model_config = AutoConfig.from_pretrained(path, **options)
+        without_dropout(model_config)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=model_config,
+            dtype=DTYPES[config.dtype],
+            use_safetensors=True,
+            attn_implementation=attention_implementation(model_config),
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path={path!r} cannot be loaded as a causal LM: {first_line(error)}") from error
+    return Trunk(model.to(pick_device(config.device)))  # pyright: ignore[reportArgumentType]
+
+
+def scratch_trunk(shape: str, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, seed: int) -> Trunk:
+    """A Llama with random weights seeded by `seed`, for the tokenizer's vocabulary; tied embeddings."""
+    if shape not in SCRATCH_SHAPES:
+        raise ModelError(f"model.path='scratch:{shape}' is unknown; there are {', '.join(SCRATCH_SHAPES)}")
+    special_tokens: dict[str, Any] = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        **special_tokens,
+        **SCRATCH_SHAPES[shape],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(llama)
+    model = to_dtype(model, DTYPES[config.dtype])
+    return Trunk(model.to(pick_device(config.device)))  # pyright: ignore[reportArgumentType]
+
+
+def load_tokenizer(path: str, config: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name or a local folder. Raises `ModelError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, revision=config.revision, local_files_only=config.offline, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path={path!r} has no tokenizer that can be loaded: {first_line(error)}") from error
+
+
+def without_dropout(config: PretrainedConfig) -> None:
+    """Set every dropout rate of the config to zero: sampled and trained log-probs must come from one function."""
+    for part in {id(c): c for c in (config, text_config(config))}.values():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, float) and ("drop" in name or "pdrop" in name):
+                setattr(part, name, 0.0)
+
+
+def attention_implementation(config: PretrainedConfig) -> str | None:
+    """Eager attention where the family caps attention logits, which fused kernels ignore; else transformers' choice."""
+    return "eager" if getattr(text_config(config), "attn_logit_softcapping", None) else None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, which says what is wrong; the rest is advice for other uses."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
