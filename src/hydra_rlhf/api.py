@@ -30,13 +30,13 @@ def train_hydra_sft(
 ) -> list[dict[str, Any]]:
     """Stage 1 in place: train the shared decoder with both heads, then start the critic as the reward model.
 
-    `data` holds lengths and the chat template. Returns one dict of metrics per optimizer step. Raises `ConfigError` for a
-    method whose reference and reward model are not one trunk.
+    `data` holds lengths and the chat template. Returns one dict of metrics per optimizer step. Raises `ConfigError` for
+    a method whose reference and reward model are not one trunk.
     """
     reference, reward = model.table.get("reference"), model.table.get("reward")
     if reference is None or reward is None or reference.trunk != reward.trunk:
         raise ConfigError(
-            "train_hydra_sft needs a method whose reference and reward model share one trunk (hydra-ppo or j-hydra-ppo); "
+            "train_hydra_sft needs a method whose reference and reward model share one trunk (hydra-ppo, j-hydra-ppo); "
             "train separate models with a recipe: hydra-rlhf run"
         )
     config = config or HydraSFTConfig()
@@ -106,4 +106,3 @@ def chat_for(model: HydraModel, prompts: Sequence[Prompt], data: DataConfig | No
 def as_prompt(prompt: Prompt | PromptValue) -> Prompt:
     """A prompt record from a record, a string or messages."""
     return prompt if isinstance(prompt, Prompt) else Prompt(prompt)
-

@@ -1,6 +1,7 @@
 """`hydra-rlhf`: one function per command. Imports torch only in commands that need it."""
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -114,11 +115,14 @@ def positive_int(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """`run` and the per-stage commands."""
+    recipe = recipe_with_overrides(args.recipe, args.overrides)
+    if recipe.model.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # the hub libraries read it once, when they are imported
+
     from hydra_rlhf.reporting.console import print_summary
     from hydra_rlhf.reporting.render import render_report
     from hydra_rlhf.stages.pipeline import run_recipe
 
-    recipe = recipe_with_overrides(args.recipe, args.overrides)
     folder = run_recipe(recipe, resume=args.resume, until=args.until, trust_remote_code=args.trust_remote_code)
     print_summary(folder, report=render_report(folder))
 

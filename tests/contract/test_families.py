@@ -43,7 +43,7 @@ def plain_logprobs(family: str, batch):
     rows = []
     for row in range(len(batch.tokens)):
         one = alone(batch, row)
-        logits = model(input_ids=one.tokens).logits[0].float().log_softmax(-1)
+        logits = model(input_ids=one.tokens).logits[0].log_softmax(-1)
         rows.append(logits[:-1].gather(1, one.tokens[0, 1:, None])[:, 0][-one.response_mask.shape[1] :])
     return rows
 

@@ -238,7 +238,7 @@ def _pairs(split: Split, num: int, seed: int) -> list[PreferencePair]:
     for prompt, facts in _draw_prompts(split, num, seed):
         gap = 0.0
         first = second = ""
-        while abs(gap) < MIN_GAP:
+        while abs(gap) < MIN_GAP or not (first and second):
             first, second = _draw_reply(rng, facts), _draw_reply(rng, facts)
             gap = gold_score(prompt, first) - gold_score(prompt, second)
         prefers_first = rng.random() < 1 / (1 + exp(-gap / TEMPERATURE))
@@ -264,7 +264,7 @@ def _pick(rng: random.Random, slot: text.Slot) -> str:
 
 
 def _draw_answer(rng: random.Random, facts: tuple[Fact, ...]) -> str:
-    """The answering sentence or sentences; a wrong value never makes a held-out combination."""
+    """The answering sentence or sentences, or nothing; a wrong value never makes a held-out combination."""
     asked, *others = facts
     (choice,) = rng.choices(list(text.ANSWER_CHOICES), list(text.ANSWER_CHOICES.values()))
     if choice == "hedge":
@@ -278,6 +278,7 @@ def _draw_answer(rng: random.Random, facts: tuple[Fact, ...]) -> str:
             "twice": [asked, asked],
             "other fact": [rng.choice(others)],
             "two facts": [asked, rng.choice(others)],
+            "none": [],
         }[choice]
     return " ".join(
         rng.choice(text.ATTRIBUTES[fact.attribute].answers).format(product=fact.product, value=fact.value)

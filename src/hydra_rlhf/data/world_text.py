@@ -93,11 +93,12 @@ FAREWELL_CHOICES: Slot = (
     (0.10, tuple(" ".join(two) for two in permutations(FAREWELLS, 2))),
 )
 ANSWER_CHOICES = {
-    "right": 0.66,
-    "twice": 0.08,
-    "wrong value": 0.04,
-    "other fact": 0.09,
-    "two facts": 0.06,
-    "hedge": 0.07,
+    "right": 0.64,
+    "twice": 0.09,
+    "wrong value": 0.05,
+    "other fact": 0.08,
+    "two facts": 0.05,
+    "hedge": 0.03,
+    "none": 0.06,
 }
 """How often a reply answers how; `other fact` answers a question that was not asked, from the note."""

@@ -130,7 +130,7 @@ class HydraModel(nn.Module):
             else:
                 loaded[source] = load_trunk(folders[source], model, trust_remote_code=trust_remote_code)
                 by_trunk[name] = loaded[source]
-            head = load_reward_head(folders[source])
+            head = load_reward_head(folders[source], offline=model.offline)
             if head is not None:
                 heads[name] = head
         first = folders[stage1_source(table, trunks(table)[0])]
@@ -161,6 +161,7 @@ class HydraModel(nn.Module):
         temperature: float = 1.0,
         lm_mask: Bool[Tensor, "b r"] | None = None,
         adapter_when_off: str | None = None,
+        entropy_gradient: bool = False,
     ) -> dict[str, RoleOutput]:
         """What the named roles say about a batch, with one trunk pass per (trunk, adapter) pair.
 
@@ -174,7 +175,7 @@ class HydraModel(nn.Module):
                 batch.tokens, batch.attention_mask, adapter=adapter or adapter_when_off
             )
             for name, role in group.items():
-                outputs[name] = self._read_out(role, hidden, batch, temperature, lm_mask)
+                outputs[name] = self._read_out(role, hidden, batch, temperature, lm_mask, entropy_gradient)
         return outputs
 
     def _read_out(
@@ -184,11 +185,14 @@ class HydraModel(nn.Module):
         batch: TokenBatch,
         temperature: float,
         lm_mask: Bool[Tensor, "b r"] | None,
+        entropy_gradient: bool,
     ) -> RoleOutput:
         if role.head == "lm":
             mask = batch.response_mask if lm_mask is None else lm_mask
             head = self.trunk(role.trunk).lm_head
-            logprobs, entropy = response_logprobs(head, hidden, batch, mask, temperature=temperature)
+            logprobs, entropy = response_logprobs(
+                head, hidden, batch, mask, temperature=temperature, entropy_gradient=entropy_gradient
+            )
             return RoleOutput(logprobs=logprobs, entropy=entropy)
         head = self.scalar_head(role.trunk, role.head)
         if role.head == "value":

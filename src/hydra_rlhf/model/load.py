@@ -66,7 +66,7 @@ def load_trunk(path: str, config: ModelConfig, *, trust_remote_code: bool = Fals
     if local.is_dir() and not any(local.glob("*.safetensors")):
         raise ModelError(f"{path} holds no .safetensors file; other weight formats are not read, convert it first")
     options = {
-        "revision": config.revision,
+        "revision": pinned_revision(path, config),
         "local_files_only": config.offline,
         "trust_remote_code": trust_remote_code,
     }
@@ -115,10 +115,15 @@ def load_tokenizer(path: str, config: ModelConfig, *, trust_remote_code: bool = 
 
     try:
         return AutoTokenizer.from_pretrained(
-            path, revision=config.revision, local_files_only=config.offline, trust_remote_code=trust_remote_code
+            path, revision=pinned_revision(path, config), local_files_only=config.offline, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path={path!r} has no tokenizer that can be loaded: {first_line(error)}") from error
+
+
+def pinned_revision(path: str, config: ModelConfig) -> str | None:
+    """`model.revision` pins `model.path`, not the other models of a run."""
+    return config.revision if path == config.path else None
 
 
 def without_dropout(config: PretrainedConfig) -> None:

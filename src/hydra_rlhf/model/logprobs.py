@@ -35,6 +35,7 @@ def response_logprobs(
     mask: Bool[Tensor, "b r"],
     *,
     temperature: float,
+    entropy_gradient: bool = False,
     tile_bytes: int = LOGIT_TILE_BYTES,
 ) -> tuple[Float[Tensor, "b r"], Float[Tensor, "b r"]]:
     """Log-prob and entropy (nats) of the response tokens in `mask` at `temperature`; 0 elsewhere.
@@ -43,7 +44,9 @@ def response_logprobs(
     """
     states = predicting_states(hidden, batch)[mask]
     targets = batch.tokens[:, batch.num_prompt_columns :][mask]
-    logprobs, entropy = token_logprobs(head, states, targets, temperature=temperature, tile_bytes=tile_bytes)
+    logprobs, entropy = token_logprobs(
+        head, states, targets, temperature=temperature, entropy_gradient=entropy_gradient, tile_bytes=tile_bytes
+    )
     return scatter(logprobs, mask), scatter(entropy, mask)
 
 
@@ -53,16 +56,20 @@ def token_logprobs(
     targets: Int[Tensor, " n"],
     *,
     temperature: float,
+    entropy_gradient: bool = False,
     tile_bytes: int = LOGIT_TILE_BYTES,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Log-prob of each target and entropy of each distribution, tile by tile over tokens."""
+    """Log-prob of each target and entropy of each distribution, tile by tile over tokens.
+
+    The entropy is a metric and keeps no graph, unless `entropy_gradient` asks for it.
+    """
     rows = max(1, tile_bytes // (4 * head.weight.shape[0]))
     if len(targets) <= rows:
-        return _tile(head, states, targets, temperature)
+        return _tile(head, states, targets, temperature, entropy_gradient)
     tiles = [
-        checkpoint(_tile, head, states[i : i + rows], targets[i : i + rows], temperature, use_reentrant=False)
+        checkpoint(_tile, head, states[i : i + rows], targets[i : i + rows], temperature, entropy_gradient, use_reentrant=False)
         if torch.is_grad_enabled()
-        else _tile(head, states[i : i + rows], targets[i : i + rows], temperature)
+        else _tile(head, states[i : i + rows], targets[i : i + rows], temperature, entropy_gradient)
         for i in range(0, len(targets), rows)
     ]
     logprobs, entropy = zip(*tiles, strict=True)  # pyright: ignore[reportArgumentType]
@@ -70,15 +77,21 @@ def token_logprobs(
 
 
 def _tile(
-    head: LMHead, states: Float[Tensor, "n h"], targets: Int[Tensor, " n"], temperature: float
+    head: LMHead,
+    states: Float[Tensor, "n h"],
+    targets: Int[Tensor, " n"],
+    temperature: float,
+    entropy_gradient: bool,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     logits = head.logits(states)
     if temperature != 1.0:
         logits = logits / temperature
     log_normaliser = logits.logsumexp(dim=-1)
     logprobs = logits.gather(1, targets[:, None]).squeeze(1) - log_normaliser
-    probabilities = (logits - log_normaliser[:, None]).exp()
-    return logprobs, log_normaliser - (probabilities * logits).sum(dim=-1)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        probabilities = (logits - log_normaliser[:, None]).exp()
+        entropy = log_normaliser - (probabilities * logits).sum(dim=-1)
+    return logprobs, entropy
 
 
 def scatter(values: Float[Tensor, " n"], mask: Bool[Tensor, "b r"]) -> Float[Tensor, "b r"]:

@@ -55,7 +55,12 @@ def update(
             for train_pass, roles in passes({role: model.table[role] for role in learning}).items():
                 losses = Accumulator()
                 for index, micro_batch in micro_batches(rollout.batch, config.micro_batch_tokens, rows):
-                    outputs = model.evaluate(micro_batch, roles, temperature=config.sampling.temperature)
+                    outputs = model.evaluate(
+                        micro_batch,
+                        roles,
+                        temperature=config.sampling.temperature,
+                        entropy_gradient=config.entropy_coef > 0,
+                    )
                     loss = joined_loss(outputs, index, micro_batch.response_mask, rollout, targets, config, num_tokens)
                     loss.loss.backward()
                     losses.add(loss.metrics)
