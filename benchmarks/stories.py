@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from story_rule import complete_sentences, cut_to_sentences, happy_ending
+from story_rule import complete_sentences, happy_ending
 
 from hydra_rlhf.config import (
     DataConfig,
@@ -58,7 +58,9 @@ TEMPLATES = (
     "{name} and {other} were in the {place}. They saw a {animal}.",
     "{name} was a little {animal}. One day, {name} went to the {place}.",
 )
-SAMPLING = SamplingConfig(max_response_tokens=96, temperature=0.8)
+NUM_TOKENS = 64
+"""Every response ends here: the model hardly ever ends a story sooner, so length cannot tell the two sides of a pair apart."""
+SAMPLING = SamplingConfig(max_response_tokens=NUM_TOKENS, temperature=0.8)
 NUM_SHOWN = 4
 
 
@@ -92,33 +94,39 @@ def split_openings(seed: int, num_train: int, num_test: int, num_fresh: int) -> 
 def sample_pairs(
     model_path: str, prompts: list[str], seed: int, stream: str
 ) -> tuple[list[dict[str, str]], dict[str, float]]:
-    """Two samples of the model itself per opening, cut to whole sentences, the happier ending chosen; and their numbers.
+    """Two samples of the model itself per opening, the one that ends happier chosen; and what the samples are like.
 
-    Openings whose two endings the rule cannot tell apart give no pair.
+    The rule is asked about what training will see: the first `NUM_TOKENS` tokens. A little more is sampled and written,
+    so that the package's own cut makes every response the same length, without a stop token in mid-sentence.
+    Openings whose two endings the rule cannot tell apart give no pair, nor do samples that stopped early.
     """
     model = HydraModel.from_pretrained(model_path, with_reward=False)
     rows = [Prompt(prompt) for prompt in prompts]
-    chat = chat_format(DataConfig(), model.tokenizer, rows, eos_id=model.eos_id)
+    chat = chat_format(DataConfig(max_response_tokens=NUM_TOKENS), model.tokenizer, rows, eos_id=model.eos_id)
     tokenized, _ = chat.tokenize_prompts(rows)
     batch = prompt_batch(tokenized, range(len(tokenized)), 2, model.pad_id, model.device)
-    sampling = replace(SAMPLING, batch_rows=256)
-    sampled = sample_responses(model, chat, "reference", batch, sampling, stream=(seed, stream)).texts
-    texts = [cut_to_sentences(text) for text in sampled]
-    values = [happy_ending(text) for text in texts]
+    sampling = replace(SAMPLING, max_response_tokens=NUM_TOKENS + 12, batch_rows=256)
+    texts = sample_responses(model, chat, "reference", batch, sampling, stream=(seed, stream)).texts
+    encoded = [chat.encode_response(text) for text in texts]
+    seen = [chat.decode_response(ids, ()) for ids, _ in encoded]
+    values = [happy_ending(text) for text in seen]
     pairs: list[dict[str, str]] = []
+    longer: list[float] = []
     for i, prompt in enumerate(prompts):
         better, worse = sorted((2 * i, 2 * i + 1), key=lambda j: -values[j])
-        if values[better] > values[worse] and texts[better] and texts[worse]:
+        if values[better] > values[worse] and encoded[better][1] and encoded[worse][1]:
             pairs.append({"prompt": prompt, "chosen": texts[better], "rejected": texts[worse]})
-    longer = [len(p["chosen"]) > len(p["rejected"]) for p in pairs if len(p["chosen"]) != len(p["rejected"])]
+            difference = len(seen[better]) - len(seen[worse])
+            longer.append(1.0 if difference > 0 else 0.5 if difference == 0 else 0.0)
     numbers = {
         "openings": len(prompts),
         "samples": len(texts),
+        "stopped_early": sum(not cut for _, cut in encoded),
         "pairs": len(pairs),
         "rule_mean": statistics.fmean(values),
         "rule_std": statistics.pstdev(values),
-        "correlation_with_characters": statistics.correlation(values, [len(text) for text in texts]),
-        "correlation_with_words": statistics.correlation(values, [len(text.split()) for text in texts]),
+        "correlation_with_characters": statistics.correlation(values, [len(text) for text in seen]),
+        "correlation_with_words": statistics.correlation(values, [len(text.split()) for text in seen]),
         "longer_wins": statistics.fmean(longer),
     }
     return pairs, numbers
@@ -134,22 +142,22 @@ def recipe(model_path: str, folder: Path, seed: int) -> Recipe:
             train=str(folder / "pairs.jsonl"),
             test=str(folder / "pairs_test.jsonl"),
             max_prompt_tokens=64,
-            max_response_tokens=SAMPLING.max_response_tokens,
+            max_response_tokens=NUM_TOKENS,
         ),
         model=ModelConfig(path=model_path, device="cpu"),
         lora=LoraConfig(rank=16, alpha=32.0),
         hydra_sft=HydraSFTConfig(
-            num_epochs=3, learning_rate=1e-3, batch_size=32, reward_loss_coef=1.0, eval_every=0, save_every=0
+            num_epochs=2, learning_rate=5e-4, batch_size=32, reward_loss_coef=1.0, eval_every=0, save_every=0
         ),
         ppo=PPOConfig(
-            num_steps=60,
+            num_steps=30,
             rollout_batch_size=64,
             minibatch_size=32,
             num_epochs=2,
-            kl_coef=0.05,
-            actor_learning_rate=1e-3,
-            critic_learning_rate=1e-3,
-            value_head_learning_rate=1e-3,
+            kl_coef=0.1,
+            actor_learning_rate=5e-4,
+            critic_learning_rate=5e-4,
+            value_head_learning_rate=5e-4,
             sampling=SAMPLING,
             eval_every=0,
             save_every=0,
@@ -243,7 +251,7 @@ def main() -> None:
     started = time.monotonic()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="stories-"))
     folder.mkdir(parents=True, exist_ok=True)
-    train, test, fresh = split_openings(args.seed, 2000, 400, 512)
+    train, test, fresh = split_openings(args.seed, 3000, 500, 512)
     pair_numbers: dict[str, Any] = {}
     for name, prompts in (("pairs", train), ("pairs_test", test)):
         pairs, pair_numbers[name] = sample_pairs(args.model, prompts, args.seed, name)
