@@ -1,9 +1,9 @@
-"""The whole pipeline on small cuts of published preference data, with a scratch model: does it run, and what does it learn?
+"""The whole pipeline on small cuts of published preference data, with a scratch model: does it run, does it learn?
 
     python benchmarks/real_data.py --data DATA_FOLDER --out benchmarks/results/real_data.json
 
-DATA_FOLDER holds a folder with train.jsonl and test.jsonl for each name in `CONVERTED`, and `raw/` with the files of `RAW`.
-A model of under a million parameters cannot write English from a thousand replies: read the scores, not the texts.
+DATA_FOLDER holds train.jsonl and test.jsonl in a folder for each name in `CONVERTED`, and the files of `RAW`.
+A model of under a million parameters cannot learn English from a thousand replies: read the scores, not the texts.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""RLHF of a real pre-trained model towards happy endings: pairs sampled from the model itself, labelled by a written rule.
+"""RLHF of a real pre-trained model towards happy endings: pairs sampled from it and labelled by a written rule.
 
     python benchmarks/stories.py --model MODEL_FOLDER --out benchmarks/results/stories.json
 
-The model goes through the package as any hub model would: its folder is `model.path` of a recipe. Openings of tests and of
-the final measurement are never trained on. The rule is in `story_rule.py`; training sees it only through the pairs.
+The model goes through the package as any hub model would: its folder is `model.path` of a recipe. The
+openings of the final measurement are never trained on. The rule is in `story_rule.py`; training sees it only through
+the pairs.
 """
 
 import argparse
@@ -44,10 +45,10 @@ from hydra_rlhf.stages.held_out import sample_and_score
 from hydra_rlhf.stages.pipeline import run_recipe
 from hydra_rlhf.stages.rollout import prompt_batch, sample_responses, score_roles, sequence_kl
 
-NAMES = "Lily Tom Sam Mia Ben Anna Tim Max Lucy Jack Sue Bob Sara Amy".split()
-ANIMALS = "cat dog bird frog bear rabbit mouse fish duck fox".split()
-PLACES = "park forest garden house farm beach school store".split()
-THINGS = "box ball book toy hat stick leaf car".split()
+NAMES = ("Lily", "Tom", "Sam", "Mia", "Ben", "Anna", "Tim", "Max", "Lucy", "Jack", "Sue", "Bob", "Sara", "Amy")
+ANIMALS = ("cat", "dog", "bird", "frog", "bear", "rabbit", "mouse", "fish", "duck", "fox")
+PLACES = ("park", "forest", "garden", "house", "farm", "beach", "school", "store")
+THINGS = ("box", "ball", "book", "toy", "hat", "stick", "leaf", "car")
 TEMPLATES = (
     "Once upon a time, there was a little {animal} named {name}.",
     "Once upon a time, there was a boy named {name} who had a {thing}.",
@@ -59,7 +60,7 @@ TEMPLATES = (
     "{name} was a little {animal}. One day, {name} went to the {place}.",
 )
 NUM_TOKENS = 64
-"""Every response ends here: the model hardly ever ends a story sooner, so length cannot tell the two sides of a pair apart."""
+"""Every response ends here; the model hardly ever stops sooner, so length cannot tell the sides of a pair apart."""
 SAMPLING = SamplingConfig(max_response_tokens=NUM_TOKENS, temperature=0.8)
 NUM_SHOWN = 4
 
@@ -173,7 +174,7 @@ def distinct_2(texts: list[str]) -> float:
 
 
 def perplexity(model: HydraModel, batch: TokenBatch) -> float:
-    """Perplexity at temperature 1 of responses under the LoRA-off model, the last token (mostly a stop token) left out."""
+    """Perplexity at temperature 1 of responses under the LoRA-off model, each one's last token left out."""
     mask = batch.response_mask & torch.cat(
         [batch.response_mask[:, 1:], torch.zeros(len(batch.tokens), 1).bool()], dim=1
     )
@@ -202,7 +203,7 @@ def describe(rollout: Rollout, reference: HydraModel, pretrained: HydraModel) ->
 
 
 def most_common_ending(texts: list[str]) -> float:
-    """Share of the texts that end in the most frequent last sentence: 1 means that one sentence is all that was learned."""
+    """Share of texts whose last complete sentence is the most frequent one: 1 if one sentence is all there is."""
     endings = Counter((complete_sentences(text) or [""])[-1] for text in texts)
     return endings.most_common(1)[0][1] / len(texts)
 

@@ -3,18 +3,27 @@
 import re
 
 HAPPY = frozenset(
-    "happy happily happier happiest glad glee joy joyful cheerful merry delighted excited exciting smile smiled smiles smiling "
-    "laugh laughed laughs laughing laughter giggled fun funny love loved loves loving hug hugged hugs hugging kiss kissed "
-    "friend friends best proud thank thanked thanks grateful nice kind kindly good great wonderful lovely beautiful amazing "
-    "perfect enjoy enjoyed safe cheered clapped celebrate celebrated danced sang yay hooray wow".split()
+    word
+    for line in (
+        "happy happily happier happiest glad glee joy joyful cheerful merry delighted excited exciting smile smiled",
+        "smiles smiling laugh laughed laughs laughing laughter giggled fun funny love loved loves loving hug hugged",
+        "hugs hugging kiss kissed friend friends best proud thank thanked thanks grateful nice kind kindly good great",
+        "wonderful lovely beautiful amazing perfect enjoy enjoyed safe cheered clapped celebrate celebrated danced",
+        "sang yay hooray wow",
+    )
+    for word in line.split()
 )
 """Words that speak of a good end."""
 
 SAD = frozenset(
-    "sad sadly sadness unhappy cry cried cries crying tear tears wept afraid scared scary fear frightened angry angrily mad "
-    "upset hurt hurts pain painful sick ill dead die died lonely alone lost lose broke broken break sorry bad worse worst "
-    "mean hate hated ugly worried worry trouble danger dangerous fell stuck shouted yelled screamed fight fought wrong "
-    "disappointed never nobody".split()
+    word
+    for line in (
+        "sad sadly sadness unhappy cry cried cries crying tear tears wept afraid scared scary fear frightened angry",
+        "angrily mad upset hurt hurts pain painful sick ill dead die died lonely alone lost lose broke broken break",
+        "sorry bad worse worst mean hate hated ugly worried worry trouble danger dangerous fell stuck shouted yelled",
+        "screamed fight fought wrong disappointed never nobody",
+    )
+    for word in line.split()
 )
 """Words that speak of a bad end."""
 
@@ -37,16 +46,10 @@ def complete_sentences(text: str) -> list[str]:
     return sentences
 
 
-def cut_to_sentences(text: str) -> str:
-    """The text up to its last complete sentence; empty if there is none."""
-    ends = [match.end() for match in SENTENCE_END.finditer(text)]
-    return text[: ends[-1]].strip() if ends else ""
-
-
 def happy_ending(text: str) -> int:
     """Different happy words minus different sad words in the last two complete sentences, held in [-3, 3].
 
-    A word counts once however often it comes, so repetition gains nothing, and words before the ending count nothing, so
+    A word counts once however often it comes, so repetition gains nothing; words before the ending count nothing, so
     neither does length.
     """
     words = set(re.findall(r"[a-z]+", " ".join(complete_sentences(text)[-ENDING_SENTENCES:]).lower()))

@@ -55,12 +55,14 @@ def nan_from_call(function: Callable[..., LossOutput], first: int, last: float =
 
 
 @pytest.mark.parametrize(
-    "value", [math.inf, -math.inf, math.nan, 1e39, -1e300, 10**400, [0.0, math.nan], "1.0", None, [[1.0]]]
+    "value",
+    [math.inf, -math.inf, math.nan, 1e39, -1e300, 10**400, [0.0, math.nan], [3e38] * 6, "1.0", None, [[1.0]]],
+    ids=lambda value: str(value)[:12],
 )
 def test_a_reward_that_is_no_finite_number_is_refused(value: Any) -> None:
     hydra = tiny_hydra("hydra-ppo")
     before = snapshot(hydra)
-    with pytest.raises(RewardFunctionError, match=r"row 2|returned"):
+    with pytest.raises(RewardFunctionError, match=r"^row 2: "):
         train_ppo_stage(
             Session(),
             hydra,
@@ -122,8 +124,6 @@ def test_three_steps_in_a_row_end_ppo_with_the_parameters_of_the_last_good_one(m
         train(hydra, session, num_steps=9, schedule="constant", micro_batch_tokens=10_000)
     assert [line["step"] for line in session.history] == [1, 2, 3, 4]
     assert [line["optim/skipped_steps"] for line in session.history] == [0, 0, 1, 2]
-    actor = {f"trunks.hydra.model.model.{name}" for name in hydra.trunk("hydra").adapter_parameters("actor")}
-    assert actor
     ours, theirs = (model.trunk("hydra").adapter_parameters("actor") for model in (hydra, straight))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -177,9 +177,10 @@ def test_three_steps_in_a_row_end_stage_1(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_command_line_ends_with_1_and_an_intact_checkpoint_to_resume_from(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """NaN from the eighth minibatch on; without it `--resume` ends where an undisturbed run ends."""
+    """NaN from the eighth of ten minibatches on; without it `--resume` ends where an undisturbed run ends."""
     monkeypatch.chdir(tmp_path)
-    file = str(write_recipe(tmp_path / "recipe.yaml", ppo__num_steps=5, ppo__num_epochs=1, ppo__save_every=2))
+    changes = {"ppo__num_steps": 5, "ppo__num_epochs": 1, "ppo__save_every": 3, "ppo__eval_every": 0}
+    file = str(write_recipe(tmp_path / "recipe.yaml", **changes))
     assert exit_code("run", file) == 0
     expected = stable_lines(tmp_path / "runs" / "tiny")
     (tmp_path / "runs").rename(tmp_path / "straight")
@@ -192,18 +193,12 @@ def test_the_command_line_ends_with_1_and_an_intact_checkpoint_to_resume_from(
     assert "--resume" in error
     assert "Traceback" not in error
     run = tmp_path / "runs" / "tiny"
+    # Two minibatches a step: the second of step 4 and both of step 5 are skipped; the checkpoint of step 3 is clean.
+    assert [line["optim/skipped_steps"] for line in stable_lines(run) if line["stage"] == "ppo"] == [0, 0, 0, 1]
     store = CheckpointStore(run / "checkpoints" / "ppo", 2)
     found = store.latest_valid()
     assert found is not None
-    assert found.step == store.steps()[-1]
-    for file_name, tensors in found.tensors.items():
-        assert all(tensor.isfinite().all() for tensor in tensors.values()), file_name
-    capfd.readouterr()
+    assert (found.step, found.problems) == (3, ())
+    assert all(tensor.isfinite().all() for tensors in found.tensors.values() for tensor in tensors.values())
     assert exit_code("run", file, "--resume") == 0
-    after = stable_lines(run)
-    assert len(after) == len(expected)
-    skipped = after[-2]["optim/skipped_steps"]
-    # A checkpoint that was saved between two skipped steps remembers them; the weights never saw them.
-    assert skipped <= 2
-    if skipped == 0:
-        assert after == expected
+    assert stable_lines(run) == expected

@@ -83,8 +83,8 @@ HEDGES = ("I do not know.", "Who can say?")
 
 Slot = tuple[tuple[float, tuple[str, ...]], ...]
 """Choices for one part of a reply: (probability, texts of which one is taken; none = the part is left out)."""
-OPENING_CHOICES: Slot = ((0.38, GREETINGS), (0.28, ()), (0.17, RUDE_OPENINGS), (0.17, FILLER_OPENINGS))
-REMARK_CHOICES: Slot = ((0.34, OFFERS), (0.28, ()), (0.19, RUDE_REMARKS), (0.19, FILLER_REMARKS))
+OPENING_CHOICES: Slot = ((0.38, GREETINGS), (0.24, ()), (0.19, RUDE_OPENINGS), (0.19, FILLER_OPENINGS))
+REMARK_CHOICES: Slot = ((0.34, OFFERS), (0.24, ()), (0.21, RUDE_REMARKS), (0.21, FILLER_REMARKS))
 FAREWELL_CHOICES: Slot = (
     (0.38, FAREWELLS),
     (0.24, ()),

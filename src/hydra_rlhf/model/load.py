@@ -142,6 +142,7 @@ def attention_implementation(config: PretrainedConfig) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's message, which says what is wrong; the rest is advice for other uses."""
+    """The first line of a library's message, which says what is wrong; of the advice in the rest only what holds here."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    advice = "; if you trust it, give --trust-remote-code" if "trust_remote_code" in str(error) else ""
+    return (lines[0].rstrip(" .") if lines else type(error).__name__) + advice

@@ -3,6 +3,7 @@
 import importlib
 import math
 import os
+import reprlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -248,20 +249,23 @@ def call_reward_fn(
                 raise RewardFunctionError(f"row {i}: {len(value)} token rewards for {lengths[i]} response tokens")
             per_token = [checked_number(x, i) for x in value]
             dense[i, : lengths[i]] = torch.tensor(per_token)
-            scores[i] = sum(per_token)
+            scores[i] = checked_number(sum(per_token), i)
         else:
             scores[i] = checked_number(value, i)
     return scores.to(mask.device), dense.to(mask.device)
 
 
 def checked_number(value: Any, row: int) -> float:
-    """A finite float, or `RewardFunctionError` saying which response got something else."""
+    """A float that float32 can hold, or `RewardFunctionError` saying which response got something else."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         raise RewardFunctionError(f"row {row}: the reward function returned {value!r}, not a number") from None
-    if isinstance(value, str) or not math.isfinite(number):
-        raise RewardFunctionError(f"row {row}: the reward function returned {value!r}; a finite number is needed")
+    except OverflowError:
+        number = math.inf
+    if isinstance(value, str) or not abs(number) <= torch.finfo(torch.float32).max:
+        shown = reprlib.repr(value)
+        raise RewardFunctionError(f"row {row}: the reward function returned {shown}; a finite float32 is needed")
     return number
 
 
