@@ -70,7 +70,7 @@ def recipe(name: str, data: DataConfig, folder: Path, *, fast: bool) -> Recipe:
             save_every=0,
         ),
         ppo=PPOConfig(
-            num_steps=4 if fast else 40,
+            num_steps=4 if fast else 32,
             rollout_batch_size=4 if fast else 32,
             minibatch_size=4 if fast else 16,
             kl_coef=0.02,
@@ -169,7 +169,7 @@ def samples(run: Path, *, show_prompts: bool) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Check every file, run every set from its converted and its raw file, write one JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--only", choices=CONVERTED, action="append", help="one set (repeatable; default: all)")

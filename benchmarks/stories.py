@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import platform
-import random
 import re
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from story_openings import split_openings
 from story_rule import complete_sentences, happy_ending
 
 from hydra_rlhf.config import (
@@ -45,51 +45,12 @@ from hydra_rlhf.stages.held_out import sample_and_score
 from hydra_rlhf.stages.pipeline import run_recipe
 from hydra_rlhf.stages.rollout import prompt_batch, sample_responses, score_roles, sequence_kl
 
-NAMES = ("Lily", "Tom", "Sam", "Mia", "Ben", "Anna", "Tim", "Max", "Lucy", "Jack", "Sue", "Bob", "Sara", "Amy")
-ANIMALS = ("cat", "dog", "bird", "frog", "bear", "rabbit", "mouse", "fish", "duck", "fox")
-PLACES = ("park", "forest", "garden", "house", "farm", "beach", "school", "store")
-THINGS = ("box", "ball", "book", "toy", "hat", "stick", "leaf", "car")
-TEMPLATES = (
-    "Once upon a time, there was a little {animal} named {name}.",
-    "Once upon a time, there was a boy named {name} who had a {thing}.",
-    "Once upon a time, {name} and {other} went to the {place}.",
-    "One day, {name} went to the {place}.",
-    "One day, {name} found a {thing} in the {place}.",
-    "One day, a {animal} saw a {thing} in the {place}.",
-    "{name} and {other} were in the {place}. They saw a {animal}.",
-    "{name} was a little {animal}. One day, {name} went to the {place}.",
-)
 NUM_TOKENS = 64
 """Every response ends here; the model hardly ever stops sooner, so length cannot tell the sides of a pair apart."""
 SAMPLING = SamplingConfig(max_response_tokens=NUM_TOKENS, temperature=0.8)
+LENGTH_BIN = 5
+"""Characters: pairs are balanced within bins of this width."""
 NUM_SHOWN = 4
-
-
-def openings() -> list[str]:
-    """Every different opening that the templates give, in a fixed order."""
-    found: dict[str, None] = {}
-    for template in TEMPLATES:
-        for name, other, animal, place, thing in itertools.product(NAMES, NAMES, ANIMALS, PLACES, THINGS):
-            if name != other:
-                found[template.format(name=name, other=other, animal=animal, place=place, thing=thing)] = None
-    return list(found)
-
-
-def split_openings(seed: int, num_train: int, num_test: int, num_fresh: int) -> tuple[list[str], list[str], list[str]]:
-    """(train, test, fresh) openings: disjoint, drawn so that every template comes about as often."""
-    by_template: dict[int, list[str]] = {}
-    for opening in openings():
-        kind = next(
-            i for i, t in enumerate(TEMPLATES) if re.fullmatch(re.sub(r"\\{\w+\\}", r"\\w+", re.escape(t)), opening)
-        )
-        by_template.setdefault(kind, []).append(opening)
-    rng = random.Random(seed)
-    for group in by_template.values():
-        rng.shuffle(group)
-    rounds = itertools.chain.from_iterable(itertools.zip_longest(*by_template.values()))
-    mixed = [opening for opening in rounds if opening is not None][: num_train + num_test + num_fresh]
-    rng.shuffle(mixed)
-    return mixed[:num_train], mixed[num_train : num_train + num_test], mixed[num_train + num_test :]
 
 
 def sample_pairs(
@@ -99,7 +60,8 @@ def sample_pairs(
 
     The rule is asked about what training will see: the first `NUM_TOKENS` tokens. A little more is sampled and written,
     so that the package's own cut makes every response the same length, without a stop token in mid-sentence.
-    Openings whose two endings the rule cannot tell apart give no pair, nor do samples that stopped early.
+    Openings whose two endings the rule cannot tell apart give no pair, nor do samples that stopped early, and pairs are
+    dropped until length says nothing about them (`balance_lengths`).
     """
     model = HydraModel.from_pretrained(model_path, with_reward=False)
     rows = [Prompt(prompt) for prompt in prompts]
@@ -111,26 +73,53 @@ def sample_pairs(
     encoded = [chat.encode_response(text) for text in texts]
     seen = [chat.decode_response(ids, ()) for ids, _ in encoded]
     values = [happy_ending(text) for text in seen]
-    pairs: list[dict[str, str]] = []
-    longer: list[float] = []
-    for i, prompt in enumerate(prompts):
-        better, worse = sorted((2 * i, 2 * i + 1), key=lambda j: -values[j])
+    lengths = [len(text) for text in seen]
+    found: list[tuple[int, int]] = []
+    for i in range(0, len(texts), 2):
+        better, worse = sorted((i, i + 1), key=lambda j: -values[j])
         if values[better] > values[worse] and encoded[better][1] and encoded[worse][1]:
-            pairs.append({"prompt": prompt, "chosen": texts[better], "rejected": texts[worse]})
-            difference = len(seen[better]) - len(seen[worse])
-            longer.append(1.0 if difference > 0 else 0.5 if difference == 0 else 0.0)
+            found.append((better, worse))
+    kept = balance_lengths(found, lengths)
+    pairs = [{"prompt": prompts[b // 2], "chosen": texts[b], "rejected": texts[w]} for b, w in kept]
+    sides = [j for pair in kept for j in pair]
+    labels = [1.0, -1.0] * len(kept)
+    words = [len(text.split()) for text in seen]
     numbers = {
         "openings": len(prompts),
         "samples": len(texts),
         "stopped_early": sum(not cut for _, cut in encoded),
-        "pairs": len(pairs),
         "rule_mean": statistics.fmean(values),
         "rule_std": statistics.pstdev(values),
-        "correlation_with_characters": statistics.correlation(values, [len(text) for text in seen]),
-        "correlation_with_words": statistics.correlation(values, [len(text.split()) for text in seen]),
-        "longer_wins": statistics.fmean(longer),
+        "rule_correlation_with_characters": statistics.correlation(values, lengths),
+        "rule_correlation_with_words": statistics.correlation(values, words),
+        "pairs_found": len(found),
+        "pairs_kept": len(kept),
+        "label_correlation_with_characters": statistics.correlation(labels, [lengths[j] for j in sides]),
+        "label_correlation_with_words": statistics.correlation(labels, [words[j] for j in sides]),
+        "longer_wins": longer_wins_share([lengths[b] - lengths[w] for b, w in kept]),
     }
     return pairs, numbers
+
+
+def balance_lengths(pairs: list[tuple[int, int]], lengths: list[int]) -> list[tuple[int, int]]:
+    """As many (better, worse) pairs whose better side is longer as pairs whose better side is shorter, in order.
+
+    Held within bins of the difference in characters, so that nothing about length tells which side is better. The raw
+    rule does go with characters a little: common words, happy ones too, need fewer tokens a letter.
+    """
+    groups: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+    for better, worse in pairs:
+        difference = lengths[better] - lengths[worse]
+        groups.setdefault((abs(difference) // LENGTH_BIN, difference > 0), []).append((better, worse))
+    kept = set[tuple[int, int]]()
+    for (size, positive), group in groups.items():
+        kept.update(group[: len(groups.get((size, not positive), []))])
+    return [pair for pair in pairs if pair in kept]
+
+
+def longer_wins_share(differences: list[int]) -> float:
+    """Share of pairs whose better side is longer, given (better - worse) lengths; ties half."""
+    return statistics.fmean(1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in differences)
 
 
 def recipe(model_path: str, folder: Path, seed: int) -> Recipe:
@@ -148,14 +137,20 @@ def recipe(model_path: str, folder: Path, seed: int) -> Recipe:
         model=ModelConfig(path=model_path, device="cpu"),
         lora=LoraConfig(rank=16, alpha=32.0),
         hydra_sft=HydraSFTConfig(
-            num_epochs=2, learning_rate=5e-4, batch_size=32, reward_loss_coef=1.0, eval_every=0, save_every=0
+            num_epochs=3,
+            learning_rate=1.5e-3,
+            batch_size=32,
+            reward_loss_coef=1.0,
+            weight_decay=0.1,
+            eval_every=0,
+            save_every=0,
         ),
         ppo=PPOConfig(
             num_steps=30,
             rollout_batch_size=64,
             minibatch_size=32,
             num_epochs=2,
-            kl_coef=0.1,
+            kl_coef=0.12,
             actor_learning_rate=5e-4,
             critic_learning_rate=5e-4,
             value_head_learning_rate=5e-4,
@@ -242,7 +237,7 @@ def measure(run: Path, model_path: str, prompts: list[str], seed: int) -> dict[s
 
 def main() -> None:
     """Sample, label, train, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of the pre-trained model")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--seed", type=int, default=1, help="settings were tuned with seed 0 only")

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import real_data
 import stories
+import story_openings
 import story_rule
 
 
@@ -39,16 +40,26 @@ def test_the_rule_gives_no_word_two_meanings():
 
 
 def test_openings_hold_no_word_of_the_rule():
-    words = {word for opening in stories.openings() for word in opening.lower().rstrip(".").split()}
+    words = {
+        word for group in story_openings.openings() for opening in group for word in opening.lower().rstrip(".").split()
+    }
     assert not words & (story_rule.HAPPY | story_rule.SAD)
 
 
 def test_splits_of_openings_are_disjoint_and_change_with_the_seed():
-    splits = stories.split_openings(0, 60, 20, 10)
+    splits = story_openings.split_openings(0, 60, 20, 10)
     assert [len(split) for split in splits] == [60, 20, 10]
     assert len({opening for split in splits for opening in split}) == 90
-    assert splits == stories.split_openings(0, 60, 20, 10)
-    assert splits != stories.split_openings(1, 60, 20, 10)
+    assert splits == story_openings.split_openings(0, 60, 20, 10)
+    assert splits != story_openings.split_openings(1, 60, 20, 10)
+
+
+def test_balanced_pairs_say_nothing_by_their_length():
+    # Better minus worse: (0, 1) +7, (2, 3) -8, (4, 5) +9, (6, 7) +30; the first two are of one bin and of either sign.
+    lengths = [107, 100, 100, 108, 109, 100, 130, 100]
+    pairs = [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert stories.balance_lengths(pairs, lengths) == [(0, 1), (2, 3)]
+    assert stories.longer_wins_share([7, -8, 0, 1]) == 0.625
 
 
 def test_distinct_2():
