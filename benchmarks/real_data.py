@@ -42,8 +42,10 @@ RAW = {
     "tldr": "raw/tldr/oai1b_judged.csv",
     "stack_exchange": "raw/stack_exchange/stack_exchange_paired_tiny.json",
 }
-NUM_EPOCHS = {"hh_helpful": 2.0, "gpt4_llm": 5.0, "tldr": 6.0, "stack_exchange": 3.0}
+NUM_EPOCHS = {"hh_helpful": 2.0, "gpt4_llm": 3.0, "tldr": 4.0, "stack_exchange": 2.0}
 """Passes over the pairs in stage 1: more where there are fewer."""
+RESPONSE_TOKENS = {"hh_helpful": 96, "gpt4_llm": 96, "tldr": 96, "stack_exchange": 192}
+"""Where responses of the data are cut: further on where they are longer."""
 NOT_SHOWN = {"gpt4_llm": "not shown: CC BY-NC"}
 """Sets whose text must not be passed on."""
 PROMPTS_SHOWN = ("hh_helpful",)
@@ -54,14 +56,15 @@ NUM_SHOWN = 2
 
 
 def recipe(name: str, data: DataConfig, folder: Path, *, fast: bool) -> Recipe:
-    """One run; the same settings for every set but for the number of epochs."""
+    """One run; the same settings for every set but for epochs and length."""
+    data_set = name.removesuffix("-raw")
     return Recipe(
         name=name,
         output_dir=str(folder),
-        data=replace(data, max_prompt_tokens=96, max_response_tokens=64),
+        data=replace(data, max_prompt_tokens=96, max_response_tokens=RESPONSE_TOKENS[data_set]),
         model=ModelConfig(path="scratch:tiny", scratch_vocab_size=1024, device="cpu"),
         hydra_sft=HydraSFTConfig(
-            num_epochs=0.5 if fast else NUM_EPOCHS[name.removesuffix("-raw")],
+            num_epochs=0.5 if fast else NUM_EPOCHS[data_set],
             learning_rate=2e-3,
             batch_size=16,
             reward_loss_coef=1.0,
@@ -197,7 +200,7 @@ def main() -> None:
             "model": settings.model.path,
             "scratch_vocab_size": settings.model.scratch_vocab_size,
             "max_prompt_tokens": settings.data.max_prompt_tokens,
-            "max_response_tokens": settings.data.max_response_tokens,
+            "max_response_tokens": {name: RESPONSE_TOKENS[name] for name in names},
             "hydra_sft": asdict(settings.hydra_sft) | {"num_epochs": {name: NUM_EPOCHS[name] for name in names}},
             "ppo": asdict(settings.ppo),
             "seed": settings.seed,

@@ -1,7 +1,7 @@
 """The promises of the contract tests on an NVIDIA GPU: float32 with TF32 off, and bfloat16 within stated bounds.
 
-    python -m pytest tests/gpu                                   on a machine with CUDA
-    HYDRA_RLHF_GPU_TESTS_ON=cpu python -m pytest tests/gpu       the same code elsewhere, to see that the tests are right
+python -m pytest tests/gpu                                   on a machine with CUDA
+HYDRA_RLHF_GPU_TESTS_ON=cpu python -m pytest tests/gpu       the same code elsewhere, to see that the tests are right
 """
 
 import os
@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
 from contract.tiny import (
     METHODS,
     alone,
@@ -26,6 +24,10 @@ from contract.tiny import (
     tiny_trunk,
     with_garbage_padding,
 )
+from smoke.tiny_runs import keys_of, metric_lines, recipe
+from test_code_shape import documented_metrics
+from torch import Tensor
+
 from hydra_rlhf.config import PPOConfig, SamplingConfig
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.sample import sample_tokens
@@ -37,8 +39,6 @@ from hydra_rlhf.stages.ppo import judge
 from hydra_rlhf.stages.ppo_state import build_optimizers
 from hydra_rlhf.stages.ppo_update import update
 from hydra_rlhf.stages.rollout import collect_rollout, prompt_batch, sample_responses
-from smoke.tiny_runs import keys_of, metric_lines, recipe
-from test_code_shape import documented_metrics
 
 DEVICE = os.environ.get("HYDRA_RLHF_GPU_TESTS_ON", "cuda")
 FAMILIES = ["llama", "opt", "gpt2", "qwen3", "gemma2"]
@@ -316,9 +316,7 @@ def test_before_the_first_step_ratios_are_one(method: str, family: str, dtype: t
     config = ppo_config(num_epochs=1, minibatch_size=8)
     rollout = rollout_of(hydra, config)
     targets = judge(rollout, config, kl_coef=0.0, scale=1.0)
-    still = replace(
-        config, actor_learning_rate=1e-30, critic_learning_rate=1e-30, value_head_learning_rate=1e-30
-    )
+    still = replace(config, actor_learning_rate=1e-30, critic_learning_rate=1e-30, value_head_learning_rate=1e-30)
     for budget in (config.micro_batch_tokens, 8, 10_000):
         probe = replace(still, micro_batch_tokens=budget)
         metrics = update(hydra, build_optimizers(hydra, probe), rollout, targets, probe, step=0, seed=0)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-
 from contract.tiny import tiny_trunk, tokenizer
+
 from hydra_rlhf.model import hydra
 from hydra_rlhf.model.export import save_stage1
 from hydra_rlhf.stages import pipeline
@@ -384,5 +384,5 @@ def test_a_device_that_is_none(refused: Refused) -> None:
 def test_debug_shows_the_traceback() -> None:
     from hydra_rlhf.errors import ConfigError
 
-    with pytest.raises(ConfigError, match="none.yaml cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
         exit_code("--debug", "run", "none.yaml")

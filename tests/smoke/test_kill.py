@@ -123,7 +123,9 @@ def test_a_run_killed_ten_times_ends_as_if_it_had_not_been(straight: tuple[Path,
     assert f"checkpoints/ppo/step-{PPO_STEPS:06d}/optimizer-1.safetensors" in hashes
     assert tensor_hashes(run) == hashes
     # Nothing that a kill left half done is still there.
-    assert not [path for path in run.rglob("*") if path.name.startswith(("tmp-", "trash-", "aside-", "tokenizer-draft"))]
+    assert not [
+        path for path in run.rglob("*") if path.name.startswith(("tmp-", "trash-", "aside-", "tokenizer-draft"))
+    ]
     ends = [json.loads((folder / "summary.json").read_text()) for folder in (run, expected)]
     for end in ends:
         del end["wall_s"], end["peak_rss_bytes"]

@@ -1,4 +1,4 @@
-"""Recipes from end to end at smoke size: the five methods, every way to start, and the settings that change the path."""
+"""Recipes from end to end at smoke size: the five methods, every way to start, settings that change the path."""
 
 import json
 import math
@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from contract.tiny import METHODS, tiny_trunk, tokenizer
 from safetensors.torch import load_file
+from test_code_shape import documented_metrics
 from torch.testing import assert_close
 
-from contract.tiny import METHODS, tiny_trunk, tokenizer
 from hydra_rlhf.config import ModelConfig
 from hydra_rlhf.model.export import load_peft_adapter, save_peft_adapter, save_stage1
 from hydra_rlhf.model.load import load_trunk
@@ -19,7 +20,6 @@ from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.reporting.render import render_report
 from hydra_rlhf.stages.pipeline import run_recipe
 from smoke.tiny_runs import keys_of, metric_lines, recipe
-from test_code_shape import documented_metrics
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"

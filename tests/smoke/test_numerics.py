@@ -1,4 +1,4 @@
-"""Numbers that are not finite: refused where they come from, skipped where they arise, and three in a row end the run."""
+"""Numbers that are not finite: refused where they come from, skipped where they arise; three in a row end the run."""
 
 import math
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from contract.tiny import chat, ppo_config, prompts, ragged_batch, snapshot, tiny_hydra
 from torch import Tensor
 
-from contract.tiny import chat, ppo_config, prompts, ragged_batch, snapshot, tiny_hydra
 from hydra_rlhf.api import train_hydra_sft
 from hydra_rlhf.config import DataConfig, HydraSFTConfig, RewardConfig
 from hydra_rlhf.data.sources import PreferencePair
@@ -48,8 +48,9 @@ def nan_from_call(function: Callable[..., LossOutput], first: int, last: float =
         nonlocal calls
         calls += 1
         output = function(*args, **kwargs)
-        factor = math.nan if first <= calls <= last else 1.0
-        return LossOutput(loss=output.loss * factor, metrics=output.metrics)
+        # Added, not multiplied: the gradient stays finite, so it is the loss itself that must be looked at.
+        loss = output.loss + math.nan if first <= calls <= last else output.loss
+        return LossOutput(loss=loss, metrics=output.metrics)
 
     return wrapped
 
@@ -62,6 +63,10 @@ def nan_from_call(function: Callable[..., LossOutput], first: int, last: float =
 def test_a_reward_that_is_no_finite_number_is_refused(value: Any) -> None:
     hydra = tiny_hydra("hydra-ppo")
     before = snapshot(hydra)
+
+    def reward_fn(prompts: list[str], responses: list[str]) -> list[Any]:
+        return [0.0, 0.0, value] + [0.0] * (len(responses) - 3)
+
     with pytest.raises(RewardFunctionError, match=r"^row 2: "):
         train_ppo_stage(
             Session(),
@@ -70,7 +75,7 @@ def test_a_reward_that_is_no_finite_number_is_refused(value: Any) -> None:
             prompts(),
             ppo_config(),
             seed=0,
-            reward_fn=lambda prompts, responses: [0.0, 0.0, value] + [0.0] * (len(responses) - 3),
+            reward_fn=reward_fn,
         )
     assert not changed(before, hydra)
 

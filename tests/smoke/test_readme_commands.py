@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from contract.tiny import tiny_trunk, tokenizer
+from test_documents import readme_commands
 from torch.testing import assert_close
 
-from contract.tiny import tiny_trunk, tokenizer
 from hydra_rlhf.model.export import save_stage1
 from smoke.tiny_runs import ROOT, command, environment, exit_code
-from test_documents import readme_commands
 
 MODEL = "path-or-hub-name"
 PAIRS = "my_pairs.jsonl"
@@ -129,9 +129,13 @@ def test_exported_reward_model_loads_as_a_sequence_classifier(outputs: dict[str,
     everything = torch.ones_like(tokens, dtype=torch.bool)
     with torch.no_grad():
         logit = classifier(input_ids=tokens).logits[0, 0]
-        ours = HydraModel.from_pretrained(str(workplace / "runs/quick/hydra_sft")).evaluate(
-            TokenBatch(tokens=tokens, attention_mask=everything, response_mask=everything[:, 5:]), ["reward"]
-        )["reward"].scores
+        ours = (
+            HydraModel.from_pretrained(str(workplace / "runs/quick/hydra_sft"))
+            .evaluate(
+                TokenBatch(tokens=tokens, attention_mask=everything, response_mask=everything[:, 5:]), ["reward"]
+            )["reward"]
+            .scores
+        )
     assert ours is not None
     assert_close(logit + classifier.config.reward_bias, ours[0], atol=1e-5, rtol=1e-5)
 

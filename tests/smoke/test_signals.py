@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ def num_logged(run: Path, stage: str) -> int:
     return file.read_text().count(f'{{"stage": "{stage}"') if file.exists() else 0
 
 
+def has_logged(run: Path, stage: str, num_lines: int) -> bool:
+    """Whether there are that many lines of a stage."""
+    return num_logged(run, stage) >= num_lines
+
+
+@pytest.mark.slow
 def test_stopped_in_both_stages_by_both_signals_and_then_finished(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"
     write_recipe(tmp_path / "recipe.yaml", **CHANGES)
@@ -66,7 +73,7 @@ def test_stopped_in_both_stages_by_both_signals_and_then_finished(tmp_path: Path
         process = begin(tmp_path, "--resume")
         logged_before = num_logged(run, stage)
         # Lines of an earlier life behind its checkpoint are cut away first, so count what this life adds.
-        wait_for(process, lambda: num_logged(run, stage) >= max(after, logged_before + 1))
+        wait_for(process, partial(has_logged, run, stage, max(after, logged_before + 1)))
         process.send_signal(number)
         code, output = finish(process)
         assert code == 128 + number, output

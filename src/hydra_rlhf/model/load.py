@@ -117,7 +117,10 @@ def load_tokenizer(path: str, config: ModelConfig, *, trust_remote_code: bool = 
 
     try:
         return AutoTokenizer.from_pretrained(
-            path, revision=pinned_revision(path, config), local_files_only=config.offline, trust_remote_code=trust_remote_code
+            path,
+            revision=pinned_revision(path, config),
+            local_files_only=config.offline,
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path={path!r} has no tokenizer that can be loaded: {first_line(error)}") from error
@@ -142,7 +145,7 @@ def attention_implementation(config: PretrainedConfig) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's message, which says what is wrong; of the advice in the rest only what holds here."""
+    """The first line of a library's message, which says what is wrong; of the advice after it only what holds here."""
     lines = str(error).strip().splitlines()
     advice = "; if you trust it, give --trust-remote-code" if "trust_remote_code" in str(error) else ""
     return (lines[0].rstrip(" .") if lines else type(error).__name__) + advice

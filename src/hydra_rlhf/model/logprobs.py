@@ -67,7 +67,9 @@ def token_logprobs(
     if len(targets) <= rows:
         return _tile(head, states, targets, temperature, entropy_gradient)
     tiles = [
-        checkpoint(_tile, head, states[i : i + rows], targets[i : i + rows], temperature, entropy_gradient, use_reentrant=False)
+        checkpoint(
+            _tile, head, states[i : i + rows], targets[i : i + rows], temperature, entropy_gradient, use_reentrant=False
+        )
         if torch.is_grad_enabled()
         else _tile(head, states[i : i + rows], targets[i : i + rows], temperature, entropy_gradient)
         for i in range(0, len(targets), rows)

@@ -82,10 +82,12 @@ def load_raw(config: DataConfig, *, seed: int) -> RawData:
             f"data: the {empty} split is empty ({len(train.rows)} train, {len(test.rows)} test rows of {config.train})"
             f"; give data.test or change data.test_frac={config.test_frac}"
         )
-    prompts = None if config.prompts is None else without_prompts_of(load_prompts(config.prompts, config, split=config.hub_split), test)
-    demonstrations = None
+    prompts, demonstrations = None, None
+    if config.prompts is not None:
+        prompts = without_prompts_of(load_prompts(config.prompts, config, split=config.hub_split), test)
     if config.demonstrations is not None:
-        demonstrations = without_prompts_of(load_demonstrations(config.demonstrations, config, split=config.hub_split), test)
+        rows = load_demonstrations(config.demonstrations, config, split=config.hub_split)
+        demonstrations = without_prompts_of(rows, test)
     gold = world.gold_score if config.train == WORLD else None
     return RawData(train=train, test=test, prompts=prompts, demonstrations=demonstrations, gold=gold)
 

@@ -1,7 +1,7 @@
 """The learning half of a PPO step: minibatches, micro-batches, the losses of the roles that share a pass."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,55 +35,72 @@ def update(
     step: int,
     seed: int,
 ) -> dict[str, float]:
-    """`num_epochs` passes of minibatch steps, role by role, so that one role's activations live at a time.
+    """`num_epochs` passes of minibatch steps over one rollout, ended early where the actor has moved too far.
 
-    Sums over a minibatch's micro-batches are divided by the minibatch's token count. Returns metrics averaged over the
-    minibatch steps that were done.
+    Returns metrics averaged over the minibatch steps that were done.
     """
     warming_up = step < config.critic_warmup_steps and "critic" in model.table
     learning = [role for role in TRAINABLE_ROLES if role in model.table and not (warming_up and role == "actor")]
-    num_sequences = len(rollout.responses)
-    mask = rollout.batch.response_mask
-    totals, done, stopped = Accumulator(), 0, False
-    planned = config.num_epochs * (num_sequences // config.minibatch_size)
+    totals, done = Accumulator(), 0
     model.train()
+    for rows in minibatches(len(rollout.responses), config, step=step, seed=seed):
+        metrics = learn_minibatch(model, optimizers, rollout, targets, config, rows, learning)
+        if metrics is None:
+            break
+        totals.add(metrics)
+        done += 1
+    model.eval()
+    means = {k: v if k.endswith(("_max", "_min")) else v / done for k, v in totals.result().items()}
+    means["optim/skipped_steps"] = float(sum(optimizer.num_skipped for optimizer in optimizers.values()))
+    planned = config.num_epochs * (len(rollout.responses) // config.minibatch_size)
+    return means | {"ppo/update_frac": done / planned}
+
+
+def minibatches(num_sequences: int, config: PPOConfig, *, step: int, seed: int) -> Iterator[list[int]]:
+    """The rows of each minibatch of one PPO step: a new order every epoch."""
     for epoch in range(config.num_epochs):
         order = permutation(num_sequences, seed, "ppo", step, "minibatches", epoch)
         for start in range(0, num_sequences, config.minibatch_size):
-            rows = order[start : start + config.minibatch_size]
-            num_tokens = int(mask[rows].sum())
-            for train_pass, roles in passes({role: model.table[role] for role in learning}).items():
-                losses = Accumulator()
-                for index, micro_batch in micro_batches(rollout.batch, config.micro_batch_tokens, rows):
-                    outputs = model.evaluate(
-                        micro_batch,
-                        roles,
-                        temperature=config.sampling.temperature,
-                        entropy_gradient=config.entropy_coef > 0,
-                    )
-                    loss = joined_loss(outputs, index, micro_batch.response_mask, rollout, targets, config, num_tokens)
-                    loss.loss.backward()
-                    losses.add(loss.metrics)
-                seen = losses.result()
-                if config.max_update_kl is not None and seen.get("kl/update", 0.0) > config.max_update_kl:
-                    optimizers[train_pass].zero_grad()
-                    stopped = True
-                    break
-                groups = (
-                    None
-                    if "actor" in roles
-                    else [g for g in optimizers[train_pass].group_names if g.startswith("critic/")]
-                )
-                totals.add(seen | apply(optimizers[train_pass], seen, groups, tuple(roles)))
-            if stopped:
-                break
-            done += 1
-        if stopped:
-            break
-    model.eval()
-    means = {k: v if k.endswith(("_max", "_min")) or done == 0 else v / done for k, v in totals.result().items()}
-    means["optim/skipped_steps"] = float(sum(optimizer.num_skipped for optimizer in optimizers.values()))
-    return means | {"ppo/update_frac": done / planned}
+            yield order[start : start + config.minibatch_size]
+
+
+def learn_minibatch(
+    model: HydraModel,
+    optimizers: Mapping[TrainPass, Optimizer],
+    rollout: Rollout,
+    targets: PPOTargets,
+    config: PPOConfig,
+    rows: list[int],
+    learning: Sequence[str],
+) -> dict[str, float] | None:
+    """One optimizer step of every pass that learns, role by role, so that one role's activations live at a time.
+
+    Sums over micro-batches are divided by the whole minibatch's token count. None where the actor has moved further
+    than `max_update_kl` from the policy that sampled; nothing is learned then.
+    """
+    num_tokens = int(rollout.batch.response_mask[rows].sum())
+    metrics: dict[str, float] = {}
+    for train_pass, roles in passes({role: model.table[role] for role in learning}).items():
+        optimizer = optimizers[train_pass]
+        losses = Accumulator()
+        for index, micro_batch in micro_batches(rollout.batch, config.micro_batch_tokens, rows):
+            outputs = model.evaluate(
+                micro_batch,
+                roles,
+                temperature=config.sampling.temperature,
+                entropy_gradient=config.entropy_coef > 0,
+            )
+            loss = joined_loss(outputs, index, micro_batch.response_mask, rollout, targets, config, num_tokens)
+            loss.loss.backward()
+            losses.add(loss.metrics)
+        seen = losses.result()
+        if config.max_update_kl is not None and seen.get("kl/update", 0.0) > config.max_update_kl:
+            optimizer.zero_grad()
+            return None
+        # Without the actor (critic warm-up) a LoRA set that both share stays as it is: the critic's own groups step.
+        groups = None if "actor" in roles else [name for name in optimizer.group_names if name.startswith("critic/")]
+        metrics |= seen | apply(optimizer, seen, groups, tuple(roles))
+    return metrics
 
 
 def joined_loss(
