@@ -11,7 +11,7 @@ from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.stages import hydra_sft
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.ppo import train_ppo_stage
-from hydra_rlhf.stages.rollout import RewardFunction
+from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.session import Session
 from hydra_rlhf.stages.supervised import train_supervised
 

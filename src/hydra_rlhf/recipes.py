@@ -95,3 +95,12 @@ def setting_names(config: type, prefix: str = "") -> list[str]:
             names += setting_names(kind, f"{prefix}{field.name}.")
         names.append(f"{prefix}{field.name}")
     return names
+
+
+def recipe_differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """What differs between two nested settings, as lines like `ppo.kl_coef: 0.02 -> 0.05`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        pairs = [(old.get(key, "(none)"), new.get(key, "(none)"), f"{name}.{key}".lstrip(".")) for key in keys]
+        return [line for pair in pairs for line in recipe_differences(*pair)]
+    return [] if old == new else [f"{name}: {old} -> {new}"]

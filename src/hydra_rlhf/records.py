@@ -47,6 +47,17 @@ class PromptBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Responses:
+    """Sampled responses joined to their prompts."""
+
+    batch: TokenBatch
+    texts: list[str]
+    """The responses as text, without the stop token."""
+    ended: Bool[Tensor, " b"]
+    """True where the response ends in a stop token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One batch of sampled responses with what every role says about them.
 

@@ -11,7 +11,8 @@ import torch
 
 from hydra_rlhf.config import DataConfig, PPOConfig, Recipe
 from hydra_rlhf.errors import CheckpointError, Interrupted
-from hydra_rlhf.runtime.run import Run, read_recipe, recipe_differences
+from hydra_rlhf.recipes import recipe_differences
+from hydra_rlhf.runtime.run import Run, read_recipe
 
 HOLDER = """
 import sys
@@ -88,9 +89,16 @@ def test_a_start_that_was_killed_at_once_can_be_repeated(recipe):
         assert read_recipe(run.folder) == recipe
 
 
+def test_a_run_that_stopped_before_its_first_step_begins_anew_with_other_settings(recipe):
+    with Run.open(recipe, resume=False) as run:
+        run.begin_stage("ppo")
+    with Run.open(replace(recipe, seed=3), resume=False) as run:
+        assert read_recipe(run.folder).seed == 3
+
+
 def test_changed_settings_are_refused_with_what_differs(recipe):
-    with Run.open(recipe, resume=False):
-        pass
+    with Run.open(recipe, resume=False) as run:
+        run.log("ppo", 1, {})
     changed = replace(recipe, seed=3, ppo=replace(recipe.ppo, kl_coef=0.05), data=DataConfig(columns={"prompt": "q"}))
     with pytest.raises(CheckpointError) as caught:
         Run.open(changed, resume=True)

@@ -8,7 +8,8 @@ from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
 from hydra_rlhf.evaluation.statistics import pair_outcomes, win_rate, win_rate_interval
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.stages.held_out import GoldFunction, sample_and_score
-from hydra_rlhf.stages.rollout import RewardFunction, sequence_kl
+from hydra_rlhf.stages.reward_fn import RewardFunction
+from hydra_rlhf.stages.rollout import sequence_kl
 
 
 def compare_with_reference(

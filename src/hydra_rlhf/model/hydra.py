@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hydra_rlhf.config import LoraConfig, ModelConfig
 from hydra_rlhf.errors import CheckpointError, ConfigError
+from hydra_rlhf.model.export import load_reward_head, save_peft_adapter
 from hydra_rlhf.model.heads import ScalarHead
 from hydra_rlhf.model.load import DTYPES, load_tokenizer, load_trunk
 from hydra_rlhf.model.logprobs import last_states, predicting_states, response_logprobs
@@ -118,8 +119,6 @@ class HydraModel(nn.Module):
         trust_remote_code: bool = False,
     ) -> "HydraModel":
         """Load each stage-1 model of `folders` ({stage: folder or hub name}); one copy per trunk that starts as it."""
-        from hydra_rlhf.model.export import load_reward_head
-
         loaded: dict[str, Trunk] = {}
         by_trunk: dict[str, Trunk] = {}
         heads: dict[str, ScalarHead] = {}
@@ -281,8 +280,6 @@ class HydraModel(nn.Module):
 
     def save_adapters(self, folder: str | Path) -> None:
         """Write the actor's LoRA set as a PEFT folder."""
-        from hydra_rlhf.model.export import save_peft_adapter
-
         actor = self.table["actor"]
         if actor.adapter is None:
             raise ConfigError("this method trains its whole trunk and has no adapter to save; export it as `merged`")

@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from hydra_rlhf.config import Recipe
 from hydra_rlhf.errors import CheckpointError
+from hydra_rlhf.recipes import recipe_differences
 from hydra_rlhf.runtime.checkpoint import Checkpoint, CheckpointStore
 from hydra_rlhf.runtime.environment import describe_environment, redact
 from hydra_rlhf.runtime.files import clear_write_errors, write_file
@@ -214,15 +216,6 @@ def read_recipe(folder: Path) -> Recipe:
         ) from error
 
 
-def recipe_differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """What differs between two nested settings, as lines like `ppo.kl_coef: 0.02 -> 0.05`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        pairs = [(old.get(key, "(none)"), new.get(key, "(none)"), f"{name}.{key}".lstrip(".")) for key in keys]
-        return [line for pair in pairs for line in recipe_differences(*pair)]
-    return [] if old == new else [f"{name}: {old} -> {new}"]
-
-
 def _read_settings(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -262,7 +255,7 @@ def _acquire_lock(folder: Path) -> int:
 def _prepare(folder: Path, recipe: Recipe, resume: bool) -> None:
     """Under the lock: check an existing run against `recipe`, or write the first files of a new one."""
     settings = yaml.safe_dump(redact(asdict(recipe)), sort_keys=False)
-    if is_run_folder(folder):
+    if is_run_folder(folder) and _has_work(folder):
         if not resume:
             raise CheckpointError(
                 f"{folder} holds a run already; continue it with --resume, choose another name, or delete the folder"
@@ -274,11 +267,22 @@ def _prepare(folder: Path, recipe: Recipe, resume: bool) -> None:
                 "recipe it was made with, or choose another name"
             )
     else:
+        # A run that stopped before its first step, at a wrong model path say, has nothing to lose and begins anew.
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+        for name in ("machine.json", "stages.json", "environment.json"):
+            (folder / name).unlink(missing_ok=True)
         if resume:
             log.warning("%s holds no run yet; starting a new one", folder)
         write_file(folder / "recipe.yaml", settings.encode())
     (folder / "checkpoints").mkdir(exist_ok=True)
     _record_environment(folder / "environment.json")
+
+
+def _has_work(folder: Path) -> bool:
+    """True once a run has logged a step, saved a checkpoint or finished a stage."""
+    stages = folder / "stages.json"
+    done = stages.exists() and any(stage["done"] for stage in _read_json(stages).values())
+    return done or JsonLines(folder / "metrics.jsonl").size > 0 or any((folder / "checkpoints").glob("*/step-*"))
 
 
 def _record_environment(path: Path) -> None:

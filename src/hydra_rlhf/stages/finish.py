@@ -17,7 +17,7 @@ from hydra_rlhf.model.roles import TRAINABLE_ROLES
 from hydra_rlhf.runtime.measure import peak_rss_bytes
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.datasets import Datasets, RawData, prompt_texts
-from hydra_rlhf.stages.rollout import RewardFunction
+from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.session import Session
 
 

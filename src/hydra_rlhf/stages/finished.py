@@ -16,7 +16,8 @@ from hydra_rlhf.stages.datasets import load_raw, tokenize
 from hydra_rlhf.stages.finish import load_trained, measure
 from hydra_rlhf.stages.held_out import sample_and_score
 from hydra_rlhf.stages.pipeline import method_table, stage1_folders
-from hydra_rlhf.stages.rollout import load_reward_fn, sequence_kl
+from hydra_rlhf.stages.reward_fn import load_reward_fn
+from hydra_rlhf.stages.rollout import sequence_kl
 
 
 def load_finished(folder: Path, checkpoint: str) -> tuple[Run, HydraModel, ChatFormat, int]:

@@ -8,8 +8,8 @@ from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.records import Rollout
+from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.rollout import (
-    RewardFunction,
     collect_rollout,
     prompt_batch,
     sample_responses,

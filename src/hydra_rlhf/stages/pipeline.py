@@ -25,7 +25,7 @@ from hydra_rlhf.stages.examples import Example
 from hydra_rlhf.stages.finish import evaluate_run, record_costs, save_policy
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.ppo import train_ppo_stage
-from hydra_rlhf.stages.rollout import RewardFunction, load_reward_fn
+from hydra_rlhf.stages.reward_fn import RewardFunction, load_reward_fn
 from hydra_rlhf.stages.session import Session
 from hydra_rlhf.stages.supervised import Loss, train_supervised
 

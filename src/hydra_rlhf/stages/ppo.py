@@ -1,5 +1,6 @@
 """THE PPO loop: act, judge, learn, record. One loop for every method; what differs is in the table of roles."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,8 +18,8 @@ from hydra_rlhf.records import PPOTargets, Rollout
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.ppo_state import PPOState, build_optimizers, restore, save
 from hydra_rlhf.stages.ppo_update import update
+from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.rollout import (
-    RewardFunction,
     collect_rollout,
     prompt_batch,
     prompt_rows,
@@ -91,7 +92,7 @@ def train_ppo_stage(
             if held_out is not None and config.eval_every and due(config.eval_every, state.step, config.num_steps):
                 seen, samples = held_out.look(model, chat, config, seed=seed, after_token=session.stop.check)
                 metrics |= seen
-                if state.best_score is None or seen["eval/score"] > state.best_score:
+                if seen["eval/score"] > (-math.inf if state.best_score is None else state.best_score):
                     state = replace(state, best_step=state.step, best_score=seen["eval/score"])
                 for sample in samples:
                     session.log_sample({"stage": "ppo", "step": state.step, "kind": "held_out", **sample})

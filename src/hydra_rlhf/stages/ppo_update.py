@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -41,19 +42,30 @@ def update(
     """
     warming_up = step < config.critic_warmup_steps and "critic" in model.table
     learning = [role for role in TRAINABLE_ROLES if role in model.table and not (warming_up and role == "actor")]
-    totals, done = Accumulator(), 0
+    seen: list[dict[str, float]] = []
+    done = 0
     model.train()
     for rows in minibatches(len(rollout.responses), config, step=step, seed=seed):
-        metrics = learn_minibatch(model, optimizers, rollout, targets, config, rows, learning)
-        if metrics is None:
+        metrics, learned = learn_minibatch(model, optimizers, rollout, targets, config, rows, learning)
+        seen.append(metrics)
+        if not learned:
             break
-        totals.add(metrics)
         done += 1
     model.eval()
-    means = {k: v if k.endswith(("_max", "_min")) else v / done for k, v in totals.result().items()}
+    means = combine(seen)
     means["optim/skipped_steps"] = float(sum(optimizer.num_skipped for optimizer in optimizers.values()))
     planned = config.num_epochs * (len(rollout.responses) // config.minibatch_size)
     return means | {"ppo/update_frac": done / planned}
+
+
+def combine(seen: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One number per key over the minibatches that have it: the mean, or the extreme for `_max` and `_min`."""
+    values: dict[str, list[float]] = {}
+    for metrics in seen:
+        for key, value in metrics.items():
+            values.setdefault(key, []).append(value)
+    extremes = {"_max": max, "_min": min}
+    return {key: extremes.get(key[-4:], fmean)(numbers) for key, numbers in values.items()}
 
 
 def minibatches(num_sequences: int, config: PPOConfig, *, step: int, seed: int) -> Iterator[list[int]]:
@@ -72,11 +84,11 @@ def learn_minibatch(
     config: PPOConfig,
     rows: list[int],
     learning: Sequence[str],
-) -> dict[str, float] | None:
+) -> tuple[dict[str, float], bool]:
     """One optimizer step of every pass that learns, role by role, so that one role's activations live at a time.
 
-    Sums over micro-batches are divided by the whole minibatch's token count. None where the actor has moved further
-    than `max_update_kl` from the policy that sampled; nothing is learned then.
+    Sums over micro-batches are divided by the whole minibatch's token count. Returns (metrics, learned): where the
+    actor has moved further than `max_update_kl` from the policy that sampled, nothing more is learned.
     """
     num_tokens = int(rollout.batch.response_mask[rows].sum())
     metrics: dict[str, float] = {}
@@ -96,11 +108,11 @@ def learn_minibatch(
         seen = losses.result()
         if config.max_update_kl is not None and seen.get("kl/update", 0.0) > config.max_update_kl:
             optimizer.zero_grad()
-            return None
+            return seen, False
         # Without the actor (critic warm-up) a LoRA set that both share stays as it is: the critic's own groups step.
         groups = None if "actor" in roles else [name for name in optimizer.group_names if name.startswith("critic/")]
         metrics |= seen | apply(optimizer, seen, groups, tuple(roles))
-    return metrics
+    return metrics, True
 
 
 def joined_loss(

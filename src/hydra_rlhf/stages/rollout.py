@@ -1,32 +1,22 @@
 """Prompts -> responses -> what every role says about them: the acting half of a PPO step."""
 
-import importlib
-import math
-import os
-import reprlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from hydra_rlhf.config import RewardConfig, SamplingConfig
 from hydra_rlhf.data.collate import left_pad_prompts
 from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
-from hydra_rlhf.errors import ConfigError, RewardFunctionError
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.sample import sample_tokens
-from hydra_rlhf.records import PromptBatch, Rollout, TokenBatch
+from hydra_rlhf.records import PromptBatch, Responses, Rollout, TokenBatch
 from hydra_rlhf.runtime.randomness import permutation, uniforms
 from hydra_rlhf.stages.micro_batches import micro_batches
-
-RewardFunction = Callable[..., Sequence[float] | Sequence[Sequence[float]]]
-"""`(prompts, responses, **columns) -> one float per response, or one list of per-token floats per response`."""
-
+from hydra_rlhf.stages.reward_fn import RewardFunction, call_reward_fn
 
 FIELDS_OF = {
     "actor": {"logprobs": "logprobs", "entropy": "entropy"},
@@ -35,17 +25,6 @@ FIELDS_OF = {
     "reward": {"scores": "scores"},
 }
 """Where each role's output goes: {role: {field of RoleOutput: field of Scored}}."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Responses:
-    """Sampled responses joined to their prompts."""
-
-    batch: TokenBatch
-    texts: list[str]
-    """The responses as text, without the stop token."""
-    ended: Bool[Tensor, " b"]
-    """True where the response ends in a stop token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,69 +183,6 @@ def collect_rollout(
         scores=scores,
         dense_rewards=dense,
     )
-
-
-def load_reward_fn(name: str | None) -> RewardFunction | None:
-    """Import a reward function named `module:function`; the working folder is searched too. Raises `ConfigError`."""
-    if name is None:
-        return None
-    module_name, separator, function_name = name.partition(":")
-    if not separator or not function_name:
-        raise ConfigError(f"ppo.reward.reward_fn={name!r} is not of the form module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"ppo.reward.reward_fn={name!r} cannot be imported: {error}") from error
-    if not callable(function):
-        raise ConfigError(f"ppo.reward.reward_fn={name!r} is a {type(function).__name__}, not a function")
-    return function  # pyright: ignore[reportReturnType]
-
-
-def call_reward_fn(
-    reward_fn: RewardFunction, prompts: PromptBatch, responses: Responses
-) -> tuple[Float[Tensor, " b"], Float[Tensor, "b r"]]:
-    """Scores [b] and per-token rewards [b, r] (zero for a function that returns one float per response).
-
-    A list per response must have one entry per response token, the stop token included. Raises `RewardFunctionError`.
-    """
-    mask = responses.batch.response_mask
-    lengths = mask.sum(dim=1).tolist()
-    try:
-        returned = list(reward_fn(prompts.texts, responses.texts, **prompts.columns))
-    except Exception as error:
-        raise RewardFunctionError(f"the reward function raised {type(error).__name__}: {error}") from error
-    if len(returned) != len(responses.texts):
-        raise RewardFunctionError(
-            f"the reward function returned {len(returned)} values for {len(responses.texts)} responses"
-        )
-    dense = torch.zeros(mask.shape)
-    scores = torch.zeros(len(returned))
-    for i, value in enumerate(returned):
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            if len(value) != lengths[i]:
-                raise RewardFunctionError(f"row {i}: {len(value)} token rewards for {lengths[i]} response tokens")
-            per_token = [checked_number(x, i) for x in value]
-            dense[i, : lengths[i]] = torch.tensor(per_token)
-            scores[i] = checked_number(sum(per_token), i)
-        else:
-            scores[i] = checked_number(value, i)
-    return scores.to(mask.device), dense.to(mask.device)
-
-
-def checked_number(value: Any, row: int) -> float:
-    """A float that float32 can hold, or `RewardFunctionError` saying which response got something else."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise RewardFunctionError(f"row {row}: the reward function returned {value!r}, not a number") from None
-    except OverflowError:
-        number = math.inf
-    if isinstance(value, str) or not abs(number) <= torch.finfo(torch.float32).max:
-        shown = reprlib.repr(value)
-        raise RewardFunctionError(f"row {row}: the reward function returned {shown}; a finite float32 is needed")
-    return number
 
 
 def sequence_kl(rollout: Rollout) -> Float[Tensor, " b"]:
