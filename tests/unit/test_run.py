@@ -293,6 +293,7 @@ def test_other_versions_on_resume_are_warned_of(recipe, caplog):
         environment = run.read_json("environment.json")
         environment["versions"]["torch"] = "1.0"
         run.write_json("environment.json", environment)
+        run.log("ppo", 1, {})
     with Run.open(recipe, resume=True):
         pass
     assert f"torch: 1.0 -> {torch.__version__}" in caplog.text
