@@ -57,6 +57,7 @@ $(READY): pyproject.toml $(wildcard constraints/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		found=$$($(PYTHON) --version 2>/dev/null) || found="not there"; \
 		echo "Python 3.11 or newer is needed, but '$(PYTHON)' is $$found. Name another one: make PYTHON=python3.12" >&2; exit 2; }
+	@echo "Setting up .venv; this takes a minute or two."
 	$(PYTHON) -m venv .venv
 ifdef NVIDIA_DRIVER
 	$(PIP) install --quiet $(CONSTRAINTS) torch
@@ -68,3 +69,4 @@ else
 endif
 	$(PIP) install --quiet $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
+	@echo "Ready. Use .venv/bin/hydra-rlhf, or first: source .venv/bin/activate"

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hydra_rlhf.api import train_hydra_sft, train_ppo
+    from hydra_rlhf.api import save_model, train_hydra_sft, train_ppo
     from hydra_rlhf.config import (
         DataConfig,
         EvaluationConfig,
@@ -55,6 +55,7 @@ _HOME = {
     "load_recipe": "recipes",
     "render_report": "reporting.render",
     "run_recipe": "stages.pipeline",
+    "save_model": "api",
     "train_hydra_sft": "api",
     "train_ppo": "api",
 }
@@ -82,6 +83,7 @@ __all__ = [  # noqa: RUF022 - in the order of _HOME
     "load_recipe",
     "render_report",
     "run_recipe",
+    "save_model",
     "train_hydra_sft",
     "train_ppo",
 ]

@@ -1,14 +1,17 @@
 """The Python functions: the two stages on a model in memory, without a recipe or a run folder."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra_rlhf.config import DataConfig, HydraSFTConfig, PPOConfig
 from hydra_rlhf.data.formats import ChatFormat, chat_format
 from hydra_rlhf.data.sources import PreferencePair, Prompt, PromptValue, Rows
 from hydra_rlhf.errors import ConfigError
+from hydra_rlhf.model.export import save_stage1
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.stages import hydra_sft
+from hydra_rlhf.stages.finish import save_policy
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.reward_fn import RewardFunction
@@ -96,6 +99,19 @@ def train_ppo(
         held_out=HeldOut(prompts=seen, reward_fn=reward_fn) if seen else None,
     )
     return session.history
+
+
+def save_model(model: HydraModel, folder: str | Path) -> None:
+    """Write everything a trained model is made of: `base/` (transformers folder, reward head, tokenizer) and, as a run
+    leaves it, `actor/`, `critic/` and the value head. Adapters name `base/` as their base."""
+    folder = Path(folder).resolve()
+    role = model.table["reference"]
+    trunk = model.trunk(role.trunk)
+    reward = model.table.get("reward")
+    head = model.scalar_head(role.trunk, "reward") if reward is not None and reward.trunk == role.trunk else None
+    save_stage1(folder / "base", trunk, model.tokenizer, head)
+    trunk.model.config.name_or_path = str(folder / "base")
+    save_policy(model, folder)
 
 
 def chat_for(model: HydraModel, prompts: Sequence[Prompt], data: DataConfig | None) -> ChatFormat:

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="hydra-rlhf", description="Memory-efficient RLHF: actor, critic, reference and reward model on one base."
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {sys.modules['hydra_rlhf'].__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_recipe_commands(commands)
     add_run_commands(commands)
@@ -68,7 +68,7 @@ def add_recipe_commands(commands: Any) -> None:
     command = commands.add_parser("demo", help=text, description=text, epilog=epilog)
     command.add_argument("--fresh", action="store_true", help="delete an earlier demo run first")
     command.set_defaults(command=demo, takes_settings=True)
-    command = commands.add_parser("settings", help="every setting of a recipe with its default", add_help=False)
+    command = commands.add_parser("settings", help="every setting of a recipe with its default")
     command.set_defaults(command=settings)
 
 
@@ -131,12 +131,13 @@ def demo(args: argparse.Namespace) -> None:
     """`demo`: run it, take it up again, or show what it came to."""
     from hydra_rlhf.reporting.console import print_summary
     from hydra_rlhf.reporting.render import render_report
+    from hydra_rlhf.runtime.run import delete_run
     from hydra_rlhf.stages.pipeline import run_recipe
 
     recipe = recipe_with_overrides(DEMO_RECIPE, args.overrides)
     folder = Path(recipe.output_dir) / recipe.name
     if args.fresh and (folder / "recipe.yaml").is_file():
-        shutil.rmtree(folder)
+        delete_run(folder)
     run_recipe(recipe, resume=True)
     print_summary(folder, report=render_report(folder))
 

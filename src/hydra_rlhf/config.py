@@ -4,7 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, dataclasses
 
-from hydra_rlhf.config_checks import STRICT, Betas, Count, Fraction, NonNegative, PositiveFloat, PositiveInt, check_ppo
+from hydra_rlhf.config_checks import (
+    STRICT,
+    Betas,
+    Count,
+    Finite,
+    Fraction,
+    NonNegative,
+    PositiveFloat,
+    PositiveInt,
+    check_ppo,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -18,7 +28,7 @@ class DataConfig:
     format: str = "auto"
     """Row format of `train` and `test`; `auto` detects it. `hydra-rlhf data formats` lists the names."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Other column names, as {ours: theirs}, e.g. {prompt: question, chosen: response_j}."""
+    """Other column names, as {ours: theirs}, e.g. {prompt: question}; on the command line `prompt question`."""
     prompts: str | None = None
     """Prompt-only data for PPO; without it PPO uses the prompts of `train`."""
     demonstrations: str | None = None
@@ -73,7 +83,7 @@ class LoraConfig:
     """Rank r of each update (the paper's runs used 128)."""
     alpha: PositiveFloat = 32.0
     """The update is scaled by alpha / rank; learning rates are stated for a scale of 2."""
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("all-linear",)
     """`all-linear`, or the last names of the linears to adapt, e.g. [q_proj, v_proj]."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype the adapters are stored and trained in; they compute in the base's dtype."""
@@ -147,13 +157,13 @@ class SamplingConfig:
     """Responses end here at the latest."""
     min_response_tokens: PositiveInt = 1
     """Stop tokens cannot be drawn before this many tokens, the stop token included."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=1e-3, allow_inf_nan=False)] = 1.0
     """Logits are divided by this in sampling and in log-probs; must be positive."""
     top_k: Count = 0
     """Keep the k likeliest tokens; 0 = all. Anything else biases the PPO ratio."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Keep the smallest set of tokens with this much probability; 1 = all. Anything else biases the PPO ratio."""
-    stop_token_ids: tuple[int, ...] | None = None
+    stop_token_ids: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
     """Ids that end a response; default: the model's generation config, else the tokenizer's EOS."""
     batch_rows: Count = 0
     """Responses decoded together; 0 = the whole rollout batch. A memory knob only."""
@@ -165,15 +175,15 @@ class RewardConfig:
 
     reward_fn: str | None = None
     """Python function `(prompts, responses, **columns) -> floats (or per-token lists)`, as `module:function`."""
-    reward_fn_coef: float = 1.0
+    reward_fn_coef: Finite = 1.0
     """Weight of the reward function's scores."""
-    reward_model_coef: float = 1.0
+    reward_model_coef: Finite = 1.0
     """Weight of the reward head's scores; 0 leaves the reward role out (needs `reward_fn`)."""
     clip: PositiveFloat | None = None
     """Scores are held in [-clip, clip] after normalisation; none = not clipped."""
     normalize: bool = False
     """Divide scores by their running standard deviation over the run (the mean is kept)."""
-    missing_eos_penalty: float = 0.0
+    missing_eos_penalty: Finite = 0.0
     """Subtracted from the score of a response that has no stop token."""
 
 

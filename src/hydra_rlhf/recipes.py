@@ -16,7 +16,15 @@ from hydra_rlhf.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-5` as a string; here it is a number."""
+    """YAML 1.1 reads `1e-5` as a string and lets a key come twice; here it is a number, and an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys all differ. Raises `yaml.YAMLError` for one that comes twice."""
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(twice)} comes twice{node.start_mark}; keep one")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -34,7 +42,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = _Loader(text).get_single_data()
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"recipe {path} holds no settings; it must be a mapping such as `name: my-run`")
@@ -58,7 +66,7 @@ def parse_recipe(content: Mapping[str, Any], *, source: str) -> Recipe:
         return TypeAdapter(Recipe).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise ConfigError(f"{source}:\n" + "\n".join(f"  {describe(problem)}" for problem in error.errors())) from error
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: {error}; settings are strings, numbers, booleans, lists and mappings") from error
 
 

@@ -29,6 +29,20 @@ class TokenBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoleOutput:
+    """What one role's head says about one batch; the fields its head does not give are None."""
+
+    logprobs: Float[Tensor, "b r"] | None = None
+    """`lm` head: log-prob of each response token; 0 where masked."""
+    entropy: Float[Tensor, "b r"] | None = None
+    """`lm` head: entropy in nats of the distribution each response token was drawn from; 0 where masked."""
+    values: Float[Tensor, "b r"] | None = None
+    """`value` head: value of the state before each response token."""
+    scores: Float[Tensor, " b"] | None = None
+    """`reward` head: score at the last counted response token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PromptBatch:
     """Prompts of one PPO step or evaluation, padded on the left."""
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from contract.tiny import tiny_hydra, tokenizer
+from peft import AutoPeftModelForCausalLM
 
 import hydra_rlhf
 from hydra_rlhf import (
@@ -11,6 +12,7 @@ from hydra_rlhf import (
     PPOConfig,
     PreferencePair,
     SamplingConfig,
+    save_model,
     train_hydra_sft,
     train_ppo,
 )
@@ -39,7 +41,8 @@ def test_every_public_name_can_be_imported():
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_both_stages_in_memory(tuning: str):
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # peft calls the old name
+def test_both_stages_in_memory(tuning: str, tmp_path):
     model = tiny_hydra("hydra-ppo")
     before = {name: p.clone() for name, p in model.trunk("hydra").base_parameters().items()}
     config = HydraSFTConfig(tuning=tuning, num_epochs=8, batch_size=3, learning_rate=2e-2, eval_every=4)
@@ -60,6 +63,17 @@ def test_both_stages_in_memory(tuning: str):
     assert len(steps) == 2
     assert "eval/score" in steps[0]
     assert all(torch.equal(p, frozen[name]) for name, p in model.trunk("hydra").base_parameters().items())
+
+    # What is saved is what was trained: base and adapter together say what the actor says.
+    save_model(model, tmp_path / "out")
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / "actor")
+    ids = torch.tensor([[1, 7, 8, 9]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    trunk = model.trunk("hydra")
+    ours = trunk.lm_head.logits(trunk.hidden_states(ids, mask, adapter="actor")[0])
+    torch.testing.assert_close(theirs(input_ids=ids).logits[0], ours, atol=1e-4, rtol=1e-4)
+    loaded = HydraModel.from_pretrained(str(tmp_path / "out" / "base"))
+    assert torch.equal(loaded.scalar_head("hydra", "reward").bias, model.scalar_head("hydra", "reward").bias)
 
 
 def test_chosen_responses_average_zero_after_stage_1():

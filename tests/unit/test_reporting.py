@@ -578,7 +578,7 @@ def test_over_optimisation_is_seen_in_the_curves(record: RunRecord) -> None:
     [
         ({"gold_mean": 0.4}, "over-optimised"),
         ({"kl": 35.0}, "KL is above 20"),
-        ({"score_win_rate_ci": (0.47, 0.6)}, "does not beat the reference"),
+        ({"score_win_rate_ci": (0.47, 0.6)}, "is not shown to beat"),
         ({"longer_wins_accuracy": 0.83}, "hardly better than"),
         ({"response_tokens_mean": 50.0}, "much longer"),
         ({"eos_frac": 0.5}, "do not end by themselves"),

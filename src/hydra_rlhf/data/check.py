@@ -19,7 +19,7 @@ from hydra_rlhf.data.formats import (
     token_statistics,
 )
 from hydra_rlhf.data.row_formats import FORMATS
-from hydra_rlhf.data.rows import Demonstration, PreferencePair, PromptValue, Record, Rows
+from hydra_rlhf.data.rows import Demonstration, PreferencePair, Prompt, PromptValue, Record, Rows
 from hydra_rlhf.data.sources import read_rows
 from hydra_rlhf.errors import DataError
 
@@ -125,6 +125,15 @@ def data_summary(rows: Rows[Any], tokenized: Tokenized, cuts: CutCounts) -> dict
     }
 
 
+def verdict(report: DataReport) -> str:
+    """What a run can use the file for, or what is wrong with it."""
+    if report.problem is not None:
+        return f"PROBLEM: {report.problem}"
+    first = report.rows.rows[0] if report.rows is not None else None
+    setting = {Demonstration: "data.demonstrations", Prompt: "data.prompts"}.get(type(first), "data.train")
+    return f"ok: a run can use this file as {setting}"
+
+
 def render_report(report: DataReport) -> str:
     """The report as plain text, ready to print."""
     lines = [f"source       {report.source}"]
@@ -136,7 +145,7 @@ def render_report(report: DataReport) -> str:
                 f"longer wins  {100 * report.longer_wins:.1f} %  (always choosing the longer response; ties half)"
             )
         lines += _render_examples(report.rows.rows[:NUM_EXAMPLES])
-    lines += ["", "ok: a run can use this file" if report.problem is None else f"PROBLEM: {report.problem}"]
+    lines += ["", verdict(report)]
     return "\n".join(lines)
 
 

@@ -96,7 +96,7 @@ def save_peft_adapter(trunk: Trunk, adapter: str, folder: Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": trunk.model.config.name_or_path or None,
+        "base_model_name_or_path": base_name(trunk),
         "r": rank,
         "lora_alpha": first.scale[adapter] * rank,
         "lora_dropout": 0.0,
@@ -107,6 +107,12 @@ def save_peft_adapter(trunk: Trunk, adapter: str, folder: Path) -> None:
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def base_name(trunk: Trunk) -> str | None:
+    """Where a trunk's weights are: a hub name, a whole path of a folder, None for weights that were never written."""
+    name = trunk.model.config.name_or_path
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
 
 
 def load_peft_adapter(trunk: Trunk, adapter: str, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """All models of one method: the trunks its table names, their adapters and heads; one pass per (trunk, adapter)."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,22 +28,8 @@ from hydra_rlhf.model.roles import (
     without_roles,
 )
 from hydra_rlhf.model.trunk import Trunk, stop_token_ids
-from hydra_rlhf.records import TokenBatch
+from hydra_rlhf.records import RoleOutput, TokenBatch
 from hydra_rlhf.runtime.randomness import generator, seed_for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoleOutput:
-    """What one role's head says about one batch; the fields its head does not give are None."""
-
-    logprobs: Float[Tensor, "b r"] | None = None
-    """`lm` head: log-prob of each response token; 0 where masked."""
-    entropy: Float[Tensor, "b r"] | None = None
-    """`lm` head: entropy in nats of the distribution each response token was drawn from; 0 where masked."""
-    values: Float[Tensor, "b r"] | None = None
-    """`value` head: value of the state before each response token."""
-    scores: Float[Tensor, " b"] | None = None
-    """`reward` head: score at the last counted response token."""
 
 
 class HydraModel(nn.Module):
@@ -105,7 +91,9 @@ class HydraModel(nn.Module):
             raise ConfigError(f"method={method!r} is unknown; choose one of {', '.join(ROLES)}")
         table = ROLES[method] if with_reward else without_roles(ROLES[method], "reward")
         folders = {"hydra_sft": path, "sft": sft or path, "reward_model": reward or path}
-        return cls.from_stage1(table, folders, model=model or ModelConfig(), lora=lora or LoraConfig(), seed=seed)
+        return cls.from_stage1(
+            table, folders, model=replace(model or ModelConfig(), path=path), lora=lora or LoraConfig(), seed=seed
+        )
 
     @classmethod
     def from_stage1(
@@ -263,10 +251,15 @@ class HydraModel(nn.Module):
         return self.trunk(next(iter(self.trunks))).device
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding; a tokenizer may have more ids."""
+        return self.trunk(next(iter(self.trunks))).num_embeddings
+
+    @property
     def pad_id(self) -> int:
         """An id to fill masked columns with; what it means does not matter, masks are carried."""
         pad = self.tokenizer.pad_token_id
-        return pad if isinstance(pad, int) else 0
+        return pad if isinstance(pad, int) and pad < self.vocab_size else 0
 
     @property
     def eos_id(self) -> int:
@@ -276,6 +269,8 @@ class HydraModel(nn.Module):
 
     def stop_ids(self, chosen: tuple[int, ...] | None) -> tuple[int, ...]:
         """The ids that end a response: `chosen` if given, else what the policy's model names."""
+        if chosen is not None and max(chosen) >= self.vocab_size:
+            raise ConfigError(f"ppo.sampling.stop_token_ids={list(chosen)}: this model has ids below {self.vocab_size}")
         return chosen or stop_token_ids(self.trunk(next(iter(self.trunks))), self.tokenizer)
 
     def save_adapters(self, folder: str | Path) -> None:

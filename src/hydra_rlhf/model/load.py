@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -12,6 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hydra_rlhf.config import ModelConfig
 from hydra_rlhf.errors import ModelError
+from hydra_rlhf.model.probe import check_trunk
 from hydra_rlhf.model.trunk import Trunk, text_config
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -73,17 +75,38 @@ def load_trunk(path: str, config: ModelConfig, *, trust_remote_code: bool = Fals
     try:
         model_config = AutoConfig.from_pretrained(path, **options)
         without_dropout(model_config)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=model_config,
             dtype=DTYPES[config.dtype],
             use_safetensors=True,
             attn_implementation=attention_implementation(model_config),
+            output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"model.path={path!r} cannot be loaded as a causal LM: {first_line(error)}") from error
-    return Trunk(model.to(pick_device(config.device)))  # pyright: ignore[reportArgumentType]
+    model, report = loaded
+    trunk = Trunk(model.to(pick_device(config.device)))
+    refuse_missing(trunk, set(report["missing_keys"]), path)
+    check_trunk(trunk, path)
+    return trunk
+
+
+def refuse_missing(trunk: Trunk, missing: set[str], path: str) -> None:
+    """Raise `ModelError` where weights are not in the files: transformers would make them up, differently each time.
+
+    Only an LM head may be missing (of a reward model, say); it is dropped, and no role can then read it.
+    """
+    head = trunk.model.get_output_embeddings()
+    of_head = {name for name, module in trunk.model.named_modules() if module is head}
+    rest = {name for name in missing if name.rpartition(".")[0] not in of_head}
+    if rest:
+        raise ModelError(
+            f"{path} lacks {len(rest)} weights of {type(trunk.model).__name__}, e.g. {min(rest)}; is it whole?"
+        )
+    if missing:
+        trunk.drop_lm_head()
 
 
 def scratch_trunk(shape: str, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, seed: int) -> Trunk:
@@ -122,7 +145,7 @@ def load_tokenizer(path: str, config: ModelConfig, *, trust_remote_code: bool = 
             local_files_only=config.offline,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model.path={path!r} has no tokenizer that can be loaded: {first_line(error)}") from error
 
 

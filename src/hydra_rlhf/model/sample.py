@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from hydra_rlhf.config import SamplingConfig
+from hydra_rlhf.errors import NonFiniteError
 from hydra_rlhf.model.trunk import Trunk
 
 COMPACT_BELOW = 0.75
@@ -86,6 +87,8 @@ def draw(logits: Float[Tensor, "b v"], uniforms: Float[Tensor, " b"], config: Sa
     """One token per row by inverting the cumulative distribution at the row's uniform number."""
     logits = restrict(logits / config.temperature, config)
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    if not bool(cumulative[:, -1].isfinite().all()):
+        raise NonFiniteError("the model's logits are not finite, so nothing can be sampled; its weights are damaged")
     at = uniforms.double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, at, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 

@@ -58,6 +58,13 @@ class Trunk(nn.Module):
         return self.model.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportIndexIssue, reportReturnType]
 
     @property
+    def num_embeddings(self) -> int:
+        """Rows of the embedding; a tokenizer may have more ids (an added pad token, say)."""
+        embedding = self.model.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        return embedding.num_embeddings
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportReturnType]
@@ -66,7 +73,7 @@ class Trunk(nn.Module):
     def lm_head(self) -> LMHead:
         """The language-model head with what this family does to its logits."""
         linear = self.model.get_output_embeddings()
-        if linear is None:
+        if linear is None or isinstance(linear, nn.Identity):
             raise ModelError(f"{type(self.model).__name__} has no language-model head")
         config = text_config(self.model.config)
         logits_scaling = getattr(config, "logits_scaling", None)

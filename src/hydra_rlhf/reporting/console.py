@@ -34,10 +34,10 @@ def print_samples(samples: Sequence[Mapping[str, Any]]) -> None:
     console = Console(highlight=False)
     for sample in samples:
         console.print()
-        console.print(Text("prompt     ", style="dim") + Text(sample["prompt"]))
+        console.print(Text("prompt     ", style="dim") + Text(printable(sample["prompt"])))
         for name, key in (("reference", "reference_"), ("actor", "")):
             score = Text(f"{sample[f'{key}score']:+.2f}", style="bold")
-            console.print(Text(f"{name:9}  ", style="dim") + score + Text(f"  {sample[f'{key}response']}"))
+            console.print(Text(f"{name:9}  ", style="dim") + score + Text(f"  {printable(sample[f'{key}response'])}"))
     console.print()
 
 
@@ -48,6 +48,11 @@ def print_numbers(numbers: Mapping[str, Any]) -> None:
         if value is not None:
             table.add_row(name, _plain(value))
     Console(highlight=False).print(table)
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _as_row(sample: Any) -> dict[str, Any]:

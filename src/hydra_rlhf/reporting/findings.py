@@ -141,10 +141,11 @@ def _no_better(record: RunRecord) -> Finding | None:
     interval = record.summary.score_win_rate_ci
     if interval is None or interval[0] > 0.5:
         return None
+    worse = interval[1] < 0.5
     return Finding(
-        title="The actor does not beat the reference even on the score it was trained on",
+        title=f"The actor {'loses to' if worse else 'is not shown to beat'} the reference on its own training score",
         text=f"The interval of its score win rate, {format_interval(interval)}, does not lie above 50{NBSP}%.",
-        remedy="Raise ppo.num_steps or ppo.actor_learning_rate, lower ppo.kl_coef, or evaluate on more prompts.",
+        remedy="Evaluate on more prompts; raise ppo.num_steps or ppo.actor_learning_rate, or lower ppo.kl_coef.",
     )
 
 

@@ -1,5 +1,6 @@
 """Files that survive a kill: durable, replaced in one step, and with errors that say what to do."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,3 +44,19 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+
+
+def acquire_lock(folder: Path) -> int:
+    """Hold the folder's lock until the descriptor is closed or the process ends, however it ends."""
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
+        os.close(lock)
+        raise CheckpointError(
+            f"{folder} is in use by process {holder or 'unknown'}; wait for it to end, stop it, or choose another name"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock

@@ -4,7 +4,6 @@ recipe.yaml, environment.json, metrics.jsonl, samples.jsonl, stages.json (which 
 JSONL files each began), checkpoints/<stage>/ and whatever the stages write besides. `.lock` is held while a run lives.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from hydra_rlhf.errors import CheckpointError
 from hydra_rlhf.recipes import recipe_differences
 from hydra_rlhf.runtime.checkpoint import Checkpoint, CheckpointStore
 from hydra_rlhf.runtime.environment import describe_environment, redact
-from hydra_rlhf.runtime.files import clear_write_errors, write_file
+from hydra_rlhf.runtime.files import acquire_lock, clear_write_errors, write_file
 from hydra_rlhf.runtime.interrupt import StopRequest
 from hydra_rlhf.runtime.measure import PhaseMemory
 from hydra_rlhf.runtime.metrics import JsonLines, strict_json
@@ -81,7 +80,7 @@ class Run:
                     f"{folder} is not empty and not a run folder (no recipe.yaml); choose another name or output_dir"
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _acquire_lock(folder)
+            lock = acquire_lock(folder)
             try:
                 _prepare(folder, recipe, resume)
                 return cls(folder, recipe, lock)
@@ -181,7 +180,7 @@ class Run:
     def write_json(self, name: str, content: Any) -> None:
         """Write or replace the file `name` of the folder in one step; non-finite floats become strings."""
         assert Path(name).name == name, name
-        text = json.dumps(strict_json(content), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(redact(strict_json(content)), indent=2, allow_nan=False) + "\n"
         with clear_write_errors(self.folder / name):
             write_file(self.folder / name, text.encode())
 
@@ -201,6 +200,15 @@ class Run:
 def is_run_folder(folder: Path) -> bool:
     """True where a run has begun: recipe.yaml is the first file it writes."""
     return (folder / "recipe.yaml").is_file()
+
+
+def delete_run(folder: Path) -> None:
+    """Delete a run folder that no process holds. Raises CheckpointError where one does."""
+    lock = acquire_lock(folder)
+    try:
+        shutil.rmtree(folder)
+    finally:
+        os.close(lock)
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -234,22 +242,6 @@ def _read_json(path: Path) -> Any:
 
 def _visible_entries(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
-
-
-def _acquire_lock(folder: Path) -> int:
-    """Hold the folder's lock until the descriptor is closed or the process ends, however it ends."""
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
-        os.close(lock)
-        raise CheckpointError(
-            f"{folder} is in use by process {holder or 'unknown'}; wait for it to end, stop it, or choose another name"
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-    return lock
 
 
 def _prepare(folder: Path, recipe: Recipe, resume: bool) -> None:

@@ -20,7 +20,7 @@ from hydra_rlhf.data.sources import (
     split_by_prompt,
     without_prompts_of,
 )
-from hydra_rlhf.errors import DataError
+from hydra_rlhf.errors import ConfigError, DataError
 
 WORLD = "world"
 
@@ -41,7 +41,7 @@ class RawData:
     @property
     def ppo_prompts(self) -> list[Prompt]:
         """What PPO samples responses for."""
-        return (self.prompts or self.train).prompts
+        return (self.train if self.prompts is None else self.prompts).prompts
 
     def texts(self) -> list[str]:
         """Training text for a scratch tokenizer."""
@@ -65,6 +65,11 @@ class Datasets:
 def load_raw(config: DataConfig, *, seed: int) -> RawData:
     """Read and check every row. Raises `DataError` naming file and line, and where a split would be empty."""
     if config.train == WORLD:
+        for name in ("test", "max_rows", "columns", "format"):
+            if getattr(config, name) != getattr(DataConfig(), name):
+                raise ConfigError(
+                    f"data.{name} has no meaning with data.train=world; use data.world_pairs, or name a file"
+                )
         train_pairs, test_pairs = world.world_pairs(config.world_pairs, seed)
         read = len(train_pairs) + len(test_pairs)
         train = Rows(rows=train_pairs, source=WORLD, format=WORLD, rows_read=read)
@@ -88,6 +93,9 @@ def load_raw(config: DataConfig, *, seed: int) -> RawData:
     if config.demonstrations is not None:
         rows = load_demonstrations(config.demonstrations, config, split=config.hub_split)
         demonstrations = without_prompts_of(rows, test)
+    for name, extra in (("prompts", prompts), ("demonstrations", demonstrations)):
+        if extra is not None and not extra.rows:
+            raise DataError(f"data.{name}={extra.source}: no row is left whose prompt is not in the test split")
     gold = world.gold_score if config.train == WORLD else None
     return RawData(train=train, test=test, prompts=prompts, demonstrations=demonstrations, gold=gold)
 

@@ -7,6 +7,7 @@ from typing import Any
 from hydra_rlhf.config import Recipe
 from hydra_rlhf.data.check import longer_wins
 from hydra_rlhf.data.formats import ChatFormat
+from hydra_rlhf.errors import CheckpointError
 from hydra_rlhf.evaluation.generations import compare_with_reference
 from hydra_rlhf.evaluation.preferences import evaluate_preferences
 from hydra_rlhf.evaluation.statistics import win_rate
@@ -54,7 +55,7 @@ def evaluate_run(
     """
     recipe = run.recipe
     session.begin("evaluation")
-    step = load_trained(run, model, recipe.evaluation.checkpoint)
+    step, checkpoint = load_trained(run, model, recipe.evaluation.checkpoint)
     with session.memory.phase("evaluation"):
         summary, samples = measure(
             recipe,
@@ -62,7 +63,7 @@ def evaluate_run(
             chat,
             data,
             raw,
-            checkpoint=f"{recipe.evaluation.checkpoint} (step {step})",
+            checkpoint=checkpoint,
             num_prompts=recipe.evaluation.num_prompts,
             reward_fn=reward_fn,
             after_token=session.stop.check,
@@ -116,14 +117,21 @@ def measure(
     return summary, samples
 
 
-def load_trained(run: Run, model: HydraModel, which: str) -> int:
-    """Put the `last` or `best` checkpoint of PPO into the model; returns its step."""
+def load_trained(run: Run, model: HydraModel, which: str) -> tuple[int, str]:
+    """Put the `last` or `best` valid checkpoint of PPO into the model; returns its step and what it is, in words.
+
+    Without a look at held-out prompts there is no best one, and the last is taken. Raises `CheckpointError`.
+    """
     store = run.checkpoints("ppo")
-    checkpoint = store.load(store.steps()[-1])
-    if which == "best" and checkpoint.state["best_step"] is not None:
-        checkpoint = store.load(checkpoint.state["best_step"])
+    checkpoint = store.latest_valid()
+    if checkpoint is None:
+        raise CheckpointError(f"{store.folder} holds no checkpoint; the run cannot be measured without its last one")
+    best = checkpoint.state["best_step"]
+    if which == "best" and best is not None:
+        checkpoint = store.load(best)
     model.load_trained_state(checkpoint.tensors["model"])
-    return checkpoint.step
+    name = "best" if which == "best" and best is not None else "last"
+    return checkpoint.step, f"{name} (step {checkpoint.step})"
 
 
 def gold_accuracy(raw: RawData) -> float | None:

@@ -20,8 +20,8 @@ from hydra_rlhf.stages.reward_fn import load_reward_fn
 from hydra_rlhf.stages.rollout import sequence_kl
 
 
-def load_finished(folder: Path, checkpoint: str) -> tuple[Run, HydraModel, ChatFormat, int]:
-    """(run, model, chat format, PPO step) of a run whose PPO is done, with its `last` or `best` policy.
+def load_finished(folder: Path, checkpoint: str) -> tuple[Run, HydraModel, ChatFormat, str]:
+    """(run, model, chat format, which checkpoint) of a run whose PPO is done, with its `last` or `best` policy.
 
     Raises `CheckpointError` for a folder without a finished PPO.
     """
@@ -32,8 +32,8 @@ def load_finished(folder: Path, checkpoint: str) -> tuple[Run, HydraModel, ChatF
     model = HydraModel.from_stage1(
         method_table(recipe), stage1_folders(recipe, run), model=recipe.model, lora=recipe.lora, seed=recipe.seed
     )
-    step = load_trained(run, model, checkpoint)
-    return run, model, known_chat_format(run, recipe, model), step
+    _, loaded = load_trained(run, model, checkpoint)
+    return run, model, known_chat_format(run, recipe, model), loaded
 
 
 def known_chat_format(run: Run, recipe: Recipe, model: HydraModel) -> ChatFormat:
@@ -44,7 +44,7 @@ def known_chat_format(run: Run, recipe: Recipe, model: HydraModel) -> ChatFormat
 
 def evaluate_again(folder: Path, *, checkpoint: str, num_prompts: int | None) -> tuple[dict[str, Any], Path]:
     """The numbers of `summary.json` for one checkpoint, and the file they are written to."""
-    run, model, chat, step = load_finished(folder, checkpoint)
+    run, model, chat, loaded = load_finished(folder, checkpoint)
     raw = load_raw(run.recipe.data, seed=run.recipe.seed)
     numbers, _ = measure(
         run.recipe,
@@ -52,7 +52,7 @@ def evaluate_again(folder: Path, *, checkpoint: str, num_prompts: int | None) ->
         chat,
         tokenize(raw, chat),
         raw,
-        checkpoint=f"{checkpoint} (step {step})",
+        checkpoint=loaded,
         num_prompts=num_prompts or run.recipe.evaluation.num_prompts,
         reward_fn=load_reward_fn(run.recipe.ppo.reward.reward_fn),
     )

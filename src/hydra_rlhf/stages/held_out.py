@@ -33,7 +33,7 @@ class HeldOut:
     gold: GoldFunction | None = None
 
     def look(
-        self, model: HydraModel, chat: ChatFormat, config: PPOConfig, *, seed: int, after_token: Callable[[], None]
+        self, model: HydraModel, chat: ChatFormat, config: PPOConfig, *, seed: int
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics `eval/*` and a few responses. Every look uses the same random stream, so looks can be compared."""
         rows = range(min(config.num_eval_prompts, len(self.prompts)))
@@ -45,7 +45,6 @@ class HeldOut:
             config,
             stream=(seed, "held_out"),
             reward_fn=self.reward_fn,
-            after_token=after_token,
         )
         seen = summarise(rollout)
         metrics = {

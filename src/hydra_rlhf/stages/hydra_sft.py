@@ -3,8 +3,7 @@
 from functools import partial
 
 from hydra_rlhf.algorithms.losses import sft_loss
-from hydra_rlhf.model.hydra import RoleOutput
-from hydra_rlhf.records import LossOutput, TokenBatch
+from hydra_rlhf.records import LossOutput, RoleOutput, TokenBatch
 from hydra_rlhf.stages import reward_model
 from hydra_rlhf.stages.examples import BatchCounts, chosen_mask
 from hydra_rlhf.stages.supervised import Loss

@@ -15,6 +15,7 @@ from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.model.export import load_peft_adapter, save_stage1
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.load import load_tokenizer, load_trunk, scratch_trunk
+from hydra_rlhf.model.lora import find_linears
 from hydra_rlhf.model.roles import ROLES, STAGE1_TABLES, RoleTable, stage1_models, without_roles
 from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.runtime.randomness import seed_for
@@ -122,6 +123,7 @@ def train_stage1(job: Job, stage: str, folders: dict[str, str]) -> None:
     """Train one stage-1 model and write it to the run folder."""
     recipe = job.recipe
     trunk = first_trunk(job, stage, folders)
+    find_linears(trunk.decoder, recipe.lora.targets)  # a wrong target is told before stage 1, not after it
     table = STAGE1_TABLES[stage]
     if stage == "sft" and recipe.start.sft_adapter is not None:
         load_peft_adapter(trunk, "start", Path(recipe.start.sft_adapter))

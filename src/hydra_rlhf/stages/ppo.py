@@ -13,6 +13,7 @@ from hydra_rlhf.algorithms.masking import standardize
 from hydra_rlhf.algorithms.rewards import shape_scores, token_rewards, update_moments
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
+from hydra_rlhf.errors import Interrupted
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.records import PPOTargets, Rollout
 from hydra_rlhf.stages.held_out import HeldOut
@@ -45,19 +46,25 @@ def train_ppo_stage(
     """Stage 2 on a model that stage 1 left. Resumes from the run's newest checkpoint; returns the final state."""
     optimizers = build_optimizers(model, config)
     state = restore(session.begin("ppo"), model, optimizers) or PPOState(kl_coef=config.kl_coef)
+    saved_step = state.step
     with session.progress("ppo", config.num_steps, done=state.step) as progress:
         while state.step < config.num_steps:
-            session.stop.check()
             watch = Stopwatch(session.memory)
 
             # Act: sample responses, then let every role look at them once.
-            with watch.phase("rollout"):
-                rows = prompt_rows(len(prompts), config.rollout_batch_size, state.step, seed, "ppo")
-                batch = prompt_batch(prompts, rows, config.samples_per_prompt, model.pad_id, model.device)
-                stream = (seed, "ppo", state.step)
-                responses = sample_responses(
-                    model, chat, "actor", batch, config.sampling, stream=stream, after_token=session.stop.check
-                )
+            try:
+                session.stop.check()
+                with watch.phase("rollout"):
+                    rows = prompt_rows(len(prompts), config.rollout_batch_size, state.step, seed, "ppo")
+                    batch = prompt_batch(prompts, rows, config.samples_per_prompt, model.pad_id, model.device)
+                    stream = (seed, "ppo", state.step)
+                    responses = sample_responses(
+                        model, chat, "actor", batch, config.sampling, stream=stream, after_token=session.stop.check
+                    )
+            except Interrupted:  # nothing has been learned since the last step, so that is what is saved
+                if state.step > saved_step:
+                    save(session, model, optimizers, state)
+                raise
             with watch.phase("score"):
                 rollout = collect_rollout(
                     model,
@@ -90,7 +97,7 @@ def train_ppo_stage(
                 kl_coef=steered_kl_coef(config, state.kl_coef, metrics["kl/reference"], len(rollout.responses)),
             )
             if held_out is not None and config.eval_every and due(config.eval_every, state.step, config.num_steps):
-                seen, samples = held_out.look(model, chat, config, seed=seed, after_token=session.stop.check)
+                seen, samples = held_out.look(model, chat, config, seed=seed)
                 metrics |= seen
                 if seen["eval/score"] > (-math.inf if state.best_score is None else state.best_score):
                     state = replace(state, best_step=state.step, best_score=seen["eval/score"])
@@ -101,8 +108,9 @@ def train_ppo_stage(
             session.log("ppo", state.step, metrics)
             progress.advance(num_tokens, {"score": metrics["score/mean"], "KL": metrics["kl/reference"]})
             is_best = state.best_step == state.step
-            if due(config.save_every, state.step, config.num_steps) or is_best or session.stop.requested:
+            if due(config.save_every, state.step, config.num_steps) or is_best:
                 save(session, model, optimizers, state)
+                saved_step = state.step
     return state
 
 

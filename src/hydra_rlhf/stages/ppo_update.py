@@ -10,9 +10,9 @@ from torch import Tensor
 from hydra_rlhf.algorithms.losses import entropy_bonus, kl_loss, ppo_policy_loss, ppo_value_loss
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import NonFiniteError
-from hydra_rlhf.model.hydra import HydraModel, RoleOutput
+from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.roles import TRAINABLE_ROLES, passes
-from hydra_rlhf.records import LossOutput, PPOTargets, Rollout
+from hydra_rlhf.records import LossOutput, PPOTargets, RoleOutput, Rollout
 from hydra_rlhf.runtime.metrics import Accumulator
 from hydra_rlhf.runtime.optimizer import Optimizer
 from hydra_rlhf.runtime.randomness import permutation
@@ -187,7 +187,7 @@ def apply(
     if optimizer.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise NonFiniteError(
             f"{optimizer.num_skipped_in_a_row} optimizer steps in a row of {' and '.join(roles)} had a loss or "
-            f"gradient that is not finite ({dict(losses)}); lower the learning rates or clip scores, then use --resume"
+            f"gradient that is not finite ({dict(losses)}); start a new run with lower rates or ppo.reward.clip"
         )
     metrics: dict[str, float] = {}
     for role in roles:

@@ -31,7 +31,7 @@ def load_reward_fn(name: str | None) -> RewardFunction | None:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the user's module raises while it is imported
         raise ConfigError(f"ppo.reward.reward_fn={name!r} cannot be imported: {error}") from error
     if not callable(function):
         raise ConfigError(f"ppo.reward.reward_fn={name!r} is a {type(function).__name__}, not a function")

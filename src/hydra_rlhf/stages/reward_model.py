@@ -1,8 +1,7 @@
 """The loss of a plain reward model: Bradley–Terry on pairs (rows: the chosen ones, then the rejected ones)."""
 
 from hydra_rlhf.algorithms.losses import ranking_loss
-from hydra_rlhf.model.hydra import RoleOutput
-from hydra_rlhf.records import LossOutput, TokenBatch
+from hydra_rlhf.records import LossOutput, RoleOutput, TokenBatch
 from hydra_rlhf.stages.examples import BatchCounts
 
 

@@ -1,8 +1,7 @@
 """The loss of plain SFT: cross entropy on the response tokens and their EOS."""
 
 from hydra_rlhf.algorithms.losses import sft_loss
-from hydra_rlhf.model.hydra import RoleOutput
-from hydra_rlhf.records import LossOutput, TokenBatch
+from hydra_rlhf.records import LossOutput, RoleOutput, TokenBatch
 from hydra_rlhf.stages.examples import BatchCounts
 
 

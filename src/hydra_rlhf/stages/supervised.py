@@ -13,9 +13,9 @@ from hydra_rlhf.config import LoraConfig, SupervisedConfig
 from hydra_rlhf.data.formats import TokenizedPair
 from hydra_rlhf.errors import NonFiniteError
 from hydra_rlhf.evaluation.preferences import evaluate_preferences, mean_chosen_score
-from hydra_rlhf.model.hydra import HydraModel, RoleOutput
+from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.roles import TRAINABLE_ROLES
-from hydra_rlhf.records import LossOutput, TokenBatch
+from hydra_rlhf.records import LossOutput, RoleOutput, TokenBatch
 from hydra_rlhf.runtime.checkpoint import Checkpoint
 from hydra_rlhf.runtime.metrics import Accumulator
 from hydra_rlhf.runtime.optimizer import Optimizer, ParamGroup, learning_rate_factor
@@ -62,8 +62,11 @@ def train_supervised(
     num_steps = max(1, round(config.num_epochs * len(examples) / config.batch_size))
     optimizer = build_optimizer(parameters, config, num_steps)
     first_step = restore(session.begin(stage), parameters, optimizer)
+    saved_step = first_step
     with session.progress(stage, num_steps, done=first_step) as progress:
         for step in range(first_step + 1, num_steps + 1):
+            if session.stop.requested and step - 1 > saved_step:
+                commit(session, stage, step - 1, parameters, optimizer)
             session.stop.check()
             watch = Stopwatch(session.memory)
 
@@ -96,12 +99,17 @@ def train_supervised(
                 )
             session.log(stage, step, metrics | {"time/step_s": watch.seconds})
             progress.advance(num_tokens, {"loss": metrics["loss/total"]})
-            if due(config.save_every, step, num_steps) or session.stop.requested:
-                tensors = {"model": {n: p.detach() for n, p in parameters.items()}, "optimizer": optimizer.state()}
-                session.save(stage, step, tensors, {})
-    if adapter is not None:
-        for trunk in {model.table[role].trunk for role in roles}:
-            model.trunk(trunk).merge_adapter(adapter)
+            if due(config.save_every, step, num_steps):
+                commit(session, stage, step, parameters, optimizer)
+                saved_step = step
+    if optimizer.num_steps == 0:
+        raise NonFiniteError(
+            f"{stage}: no step had a finite loss and gradient; look at the model's weights and the data"
+        )
+    for name in dict.fromkeys(model.table[role].trunk for role in roles):
+        if adapter is not None:
+            model.trunk(name).merge_adapter(adapter)
+        model.trunk(name).model.config.name_or_path = ""  # no longer the model that was loaded
     if "reward" in roles:
         pairs = [example for example in examples if isinstance(example, TokenizedPair)]
         head = model.scalar_head(model.table["reward"].trunk, "reward")
@@ -156,13 +164,19 @@ def restore(checkpoint: Checkpoint | None, parameters: dict[str, nn.Parameter], 
     return checkpoint.step
 
 
+def commit(session: Session, stage: str, step: int, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Save everything the next step depends on."""
+    tensors = {"model": {name: p.detach() for name, p in parameters.items()}, "optimizer": optimizer.state()}
+    session.save(stage, step, tensors, {})
+
+
 def step_optimizer(optimizer: Optimizer, losses: dict[str, float], stage: str) -> dict[str, float]:
     """One optimizer step, skipped where loss or gradient is not finite. Raises `NonFiniteError`."""
     result = optimizer.step() if math.isfinite(losses["loss/total"]) else optimizer.skip()
     if optimizer.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise NonFiniteError(
             f"{stage}: {optimizer.num_skipped_in_a_row} steps in a row had a loss ({losses['loss/total']}) or gradient "
-            f"({result.grad_norm}) that is not finite; lower {stage}.learning_rate, then continue with --resume"
+            f"({result.grad_norm}) that is not finite; start a new run with a lower {stage}.learning_rate"
         )
     return losses | {
         "optim/grad_norm": result.grad_norm,
