@@ -4,17 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, dataclasses
 
-from hydra_rlhf.config_checks import (
-    STRICT,
-    Betas,
-    Count,
-    Finite,
-    Fraction,
-    NonNegative,
-    PositiveFloat,
-    PositiveInt,
-    check_ppo,
-)
+from hydra_rlhf.config_checks import STRICT, Betas, Count, Finite, NonNegative, Positive, PositiveInt, Share, check_ppo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -37,7 +27,7 @@ class DataConfig:
     """Which split of a hub dataset to read."""
     hub_test_split: str = "test"
     """Which split of a hub dataset `test` reads."""
-    test_frac: Fraction = 0.1
+    test_frac: Share = 0.1
     """Share of prompts held out by their hash when `test` is not given; no prompt is in both splits."""
     max_rows: PositiveInt | None = None
     """Read at most this many usable rows of each file, in file order."""
@@ -81,7 +71,7 @@ class LoraConfig:
 
     rank: PositiveInt = 16
     """Rank r of each update (the paper's runs used 128)."""
-    alpha: PositiveFloat = 32.0
+    alpha: Positive = 32.0
     """The update is scaled by alpha / rank; learning rates are stated for a scale of 2."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("all-linear",)
     """`all-linear`, or the last names of the linears to adapt, e.g. [q_proj, v_proj]."""
@@ -109,13 +99,13 @@ class OptimizerConfig:
 
     micro_batch_tokens: PositiveInt = 8192
     """Padded tokens per forward; a memory knob only, never changes a loss."""
-    warmup_frac: Fraction = 0.05
+    warmup_frac: Share = 0.05
     """Share of the steps in which learning rates rise linearly from zero."""
     adam_betas: Betas = (0.9, 0.95)
     """Adam's two decay rates."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay, applied to every trained tensor."""
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: Positive = 1.0
     """Each optimizer's gradients are scaled down to this global norm."""
 
 
@@ -125,9 +115,9 @@ class SupervisedConfig(OptimizerConfig):
 
     tuning: Literal["full", "lora"] = "full"
     """Train all weights, or one LoRA set that is merged into a new base when the stage ends."""
-    num_epochs: PositiveFloat = 1.0
+    num_epochs: Positive = 1.0
     """Passes over the training pairs; fractions are allowed."""
-    learning_rate: PositiveFloat | None = None
+    learning_rate: Positive | None = None
     """Peak learning rate; default 1e-5 for `full`, 2e-4 for `lora`."""
     batch_size: PositiveInt = 32
     """Pairs (or demonstrations) per optimizer step."""
@@ -179,7 +169,7 @@ class RewardConfig:
     """Weight of the reward function's scores."""
     reward_model_coef: Finite = 1.0
     """Weight of the reward head's scores; 0 leaves the reward role out (needs `reward_fn`)."""
-    clip: PositiveFloat | None = None
+    clip: Positive | None = None
     """Scores are held in [-clip, clip] after normalisation; none = not clipped."""
     normalize: bool = False
     """Divide scores by their running standard deviation over the run (the mean is kept)."""
@@ -211,19 +201,19 @@ class PPOConfig(OptimizerConfig):
     """Per-token KL (Schulman 2020), l = log-ratio: k1 = l, k2 = l^2 / 2, k3 = e^-l - 1 + l; default k1 (loss: k2)."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Subtract the KL from each token's reward, or add it to the policy loss."""
-    kl_target: PositiveFloat | None = None
+    kl_target: Positive | None = None
     """Nats per response that an adaptive kl_coef steers to (Ziegler et al. 2019); none = fixed coefficient."""
     kl_horizon: PositiveInt = 10_000
     """Sequences over which the adaptive coefficient reacts."""
-    max_update_kl: PositiveFloat | None = None
+    max_update_kl: Positive | None = None
     """End a step's update early when the mean KL(old actor || new actor) per token passes this; none = never."""
-    discount: Fraction = 1.0
+    discount: Share = 1.0
     """Gamma of the returns."""
-    gae_lambda: Fraction = 0.95
+    gae_lambda: Share = 0.95
     """Lambda of generalised advantage estimation."""
-    clip_range: PositiveFloat = 0.2
+    clip_range: Positive = 0.2
     """Epsilon of the clipped surrogate: the ratio is held in [1 - epsilon, 1 + epsilon]."""
-    value_clip_range: PositiveFloat | None = 0.2
+    value_clip_range: Positive | None = 0.2
     """New values are held within this distance of the old ones in the value loss; none = not clipped."""
     value_coef: NonNegative = 0.5
     """Weight of the value loss where actor and critic share one LoRA set; unused elsewhere (own optimizers)."""
@@ -231,13 +221,13 @@ class PPOConfig(OptimizerConfig):
     """Weight of the entropy bonus."""
     critic_warmup_steps: Count = 0
     """First PPO steps in which only the critic learns (with a joined LoRA set: only the value head)."""
-    actor_learning_rate: PositiveFloat = 1e-4
+    actor_learning_rate: Positive = 1e-4
     """Peak rate of the actor's LoRA set."""
-    critic_learning_rate: PositiveFloat = 1e-4
+    critic_learning_rate: Positive = 1e-4
     """Peak rate of the critic's LoRA set."""
-    value_head_learning_rate: PositiveFloat = 1e-4
+    value_head_learning_rate: Positive = 1e-4
     """Peak rate of the value head."""
-    full_learning_rate_scale: PositiveFloat = 0.1
+    full_learning_rate_scale: Positive = 0.1
     """A role without a LoRA set trains its whole trunk at its rate times this."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the learning rates after warm-up; linear and cosine end at zero."""
