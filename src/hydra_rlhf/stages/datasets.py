@@ -67,9 +67,7 @@ def load_raw(config: DataConfig, *, seed: int) -> RawData:
     if config.train == WORLD:
         for name in ("test", "max_rows", "columns", "format"):
             if getattr(config, name) != getattr(DataConfig(), name):
-                raise ConfigError(
-                    f"data.{name} has no meaning with data.train=world; use data.world_pairs, or name a file"
-                )
+                raise ConfigError(f"data.{name} means nothing with data.train=world; remove it, or name a file")
         train_pairs, test_pairs = world.world_pairs(config.world_pairs, seed)
         read = len(train_pairs) + len(test_pairs)
         train = Rows(rows=train_pairs, source=WORLD, format=WORLD, rows_read=read)
