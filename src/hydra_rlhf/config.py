@@ -146,7 +146,7 @@ class SamplingConfig:
     max_response_tokens: PositiveInt = 128
     """Responses end here at the latest."""
     min_response_tokens: PositiveInt = 1
-    """Stop tokens cannot be drawn before this many tokens, the stop token included."""
+    """Stop tokens cannot be drawn before this many tokens, the stop token included; above 1 biases the ratio."""
     temperature: Annotated[float, Field(ge=1e-3, allow_inf_nan=False)] = 1.0
     """Logits are divided by this in sampling and in log-probs; must be positive."""
     top_k: Count = 0

@@ -19,6 +19,7 @@ from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.recipes import load_recipe
 from hydra_rlhf.runtime.run import Run, delete_run
 from hydra_rlhf.stages.datasets import load_raw
+from hydra_rlhf.stages.pipeline import run_recipe
 from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.session import Session
 
@@ -69,6 +70,11 @@ def test_extra_data_that_the_test_split_uses_up_is_refused(tmp_path: Path):
 def test_settings_that_the_world_would_ignore_are_refused():
     with pytest.raises(ConfigError, match=r"data\.test means nothing"):
         load_raw(DataConfig(test="other.jsonl"), seed=0)
+
+
+def test_a_stage_that_the_method_has_not_is_refused():
+    with pytest.raises(ConfigError, match="method=hydra-ppo has no stage sft; before PPO it has hydra_sft"):
+        run_recipe(Recipe(name="x", method="hydra-ppo"), until="sft")
 
 
 def test_a_setting_given_twice_is_refused(tmp_path: Path):

@@ -60,6 +60,9 @@ def run_recipe(
     Settings and data are checked before the run folder is made or any weight is loaded.
     """
     check_start(recipe)
+    needed = stage1_models(method_table(recipe))
+    if until in STAGE1_TABLES and until not in needed:
+        raise ConfigError(f"method={recipe.method} has no stage {until}; before PPO it has {' and '.join(needed)}")
     reward_fn = load_reward_fn(recipe.ppo.reward.reward_fn)
     raw = load_raw(recipe.data, seed=recipe.seed)
     started = time.monotonic()
