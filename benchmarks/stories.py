@@ -42,6 +42,7 @@ from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.records import Rollout, TokenBatch
 from hydra_rlhf.stages.finished import load_finished
 from hydra_rlhf.stages.held_out import sample_and_score
+from hydra_rlhf.stages.limits import DEFAULT_MICRO_BATCH_TOKENS, StageLimits
 from hydra_rlhf.stages.pipeline import run_recipe
 from hydra_rlhf.stages.rollout import prompt_batch, sample_responses, score_roles, sequence_kl
 
@@ -68,8 +69,9 @@ def sample_pairs(
     chat = chat_format(DataConfig(max_response_tokens=NUM_TOKENS), model.tokenizer, rows, eos_id=model.eos_id)
     tokenized, _ = chat.tokenize_prompts(rows)
     batch = prompt_batch(tokenized, range(len(tokenized)), 2, model.pad_id, model.device)
-    sampling = replace(SAMPLING, max_response_tokens=NUM_TOKENS + 12, batch_rows=256)
-    texts = sample_responses(model, chat, "reference", batch, sampling, stream=(seed, stream)).texts
+    sampling = replace(SAMPLING, max_response_tokens=NUM_TOKENS + 12)
+    limits = StageLimits(micro_batch_tokens=DEFAULT_MICRO_BATCH_TOKENS, rollout_rows=256)
+    texts = sample_responses(model, chat, "reference", batch, sampling, stream=(seed, stream), limits=limits).texts
     encoded = [chat.encode_response(text) for text in texts]
     seen = [chat.decode_response(ids, ()) for ids, _ in encoded]
     values = [happy_ending(text) for text in seen]
@@ -173,7 +175,8 @@ def perplexity(model: HydraModel, batch: TokenBatch) -> float:
     mask = batch.response_mask & torch.cat(
         [batch.response_mask[:, 1:], torch.zeros(len(batch.tokens), 1).bool()], dim=1
     )
-    logprobs = score_roles(model, batch, ["reference"], temperature=1.0, micro_batch_tokens=8192).ref_logprobs
+    limits = StageLimits(micro_batch_tokens=DEFAULT_MICRO_BATCH_TOKENS)
+    logprobs = score_roles(model, batch, ["reference"], temperature=1.0, limits=limits).ref_logprobs
     return math.exp(-logprobs[mask].mean().item())
 
 
@@ -205,13 +208,12 @@ def most_common_ending(texts: list[str]) -> float:
 
 def measure(run: Path, model_path: str, prompts: list[str], seed: int) -> dict[str, Any]:
     """Fresh samples of actor and reference on openings nobody has seen, by the rule and for readability."""
-    finished, model, chat, _ = load_finished(run, "last")
+    finished = load_finished(run, "last")
+    model, chat, config = finished.model, finished.chat, finished.run.recipe.ppo
     pretrained = HydraModel.from_pretrained(model_path, with_reward=False)
     tokenized: list[TokenizedPrompt] = chat.tokenize_prompts(Prompt(prompt) for prompt in prompts)[0]
     sides = {
-        role: sample_and_score(
-            model, chat, role, tokenized, finished.recipe.ppo, stream=(seed, "fresh", role), reward_fn=None
-        )
+        role: sample_and_score(model, chat, role, tokenized, config, stream=(seed, "fresh", role), reward_fn=None)
         for role in ("reference", "actor")
     }
     numbers: dict[str, Any] = {role: describe(rollout, model, pretrained) for role, rollout in sides.items()}

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One wrong line. `old` occurs exactly once in the source of `hydra_rlhf.algorithms.<module>`."""
+    """One wrong line. `old` occurs exactly once in the source of `hydra_rlhf.<package>.<module>`."""
 
     module: str
-    """Module inside `hydra_rlhf.algorithms`; its tests are `test_<module>.py`."""
+    """Module inside `algorithms`, or inside the package that `PACKAGES` names; its tests are `test_<module>.py`."""
     function: str
     """The function that the change breaks."""
     mistake: str
@@ -263,7 +263,385 @@ LOSSES: Changes = {
     ],
 }
 
+SCALE = "scale = (weight.abs().amax(dim=1) / INT8_MAX)"
+
+QUANTIZED: Changes = {
+    "pack_int8": [
+        ("one scale for all rows", SCALE, SCALE.replace("amax(dim=1)", "amax().expand(len(weight))")),
+        ("scale of the columns", SCALE, SCALE.replace("amax(dim=1)", "amax(dim=0).amax().expand(len(weight))")),
+        ("signs of the largest", SCALE, SCALE.replace("weight.abs()", "weight")),
+        ("cut off, not rounded", ".round_()", ".trunc_()"),
+        ("one code too many", "INT8_MAX = 127", "INT8_MAX = 128"),
+        ("half the codes", "INT8_MAX = 127", "INT8_MAX = 63"),
+        ("scale in float32", ").to(weight.dtype)\n", ").float()\n"),
+    ],
+    "pack_nf4": [
+        ("mean not taken off", "state.absmax - mean", "state.absmax"),
+        ("mean forgotten", '"scale_mean": mean', '"scale_mean": torch.zeros_like(mean)'),
+        ("blocks of columns", "weight.contiguous(), blocksize", "weight.T.contiguous(), blocksize"),
+        ("other codes", 'blocksize=NF4_BLOCK, quant_type="nf4")', 'blocksize=NF4_BLOCK, quant_type="fp4")'),
+        ("scales of scales forgotten", '"scale_of_scale": scales.absmax', '"scale_of_scale": scales.absmax * 0'),
+    ],
+    "QuantizedLinear": [
+        ("first row's scale", "self.scale[:, None]", "self.scale[:1, None]"),
+        ("Conv1D left transposed", "else weight.T.contiguous()", "else weight"),
+        ("bias lost", "nn.Parameter(bias.detach(), ", "nn.Parameter(torch.zeros_like(bias), "),
+        ("bias trained", "bias.detach(), requires_grad=False", "bias.detach()"),
+        ("mean of scales forgotten", "offset=self.scale_mean", "offset=0 * self.scale_mean"),
+    ],
+    "UnpackedProduct": [
+        ("no bias", ", linear.bias)", ")"),
+        ("sign of the gradient", "return grad @", "return -grad @"),
+        ("x kept", "ctx.linear = linear", "ctx.linear = linear\n        ctx.save_for_backward(x)"),
+        ("weight kept", "ctx.linear = linear", "ctx.linear = linear\n        ctx.save_for_backward(linear.weight)"),
+        ("doubled", "return F.linear(", "return 2 * F.linear("),
+    ],
+}
+
+ADAM8BIT: Changes = {
+    "AdamW8bit": [
+        ("betas swapped", "beta1, beta2 = group", "beta2, beta1 = group"),
+        ("always the first step", 'int(state["step"]),', "1,"),
+        ("no decay", 'group["weight_decay"],', "0.0,"),
+        ("rate fixed", 'group["lr"],', "1e-3,"),
+        (
+            "code tables swapped",
+            "self._signed,\n            self._unsigned,",
+            "self._unsigned,\n            self._signed,",
+        ),
+        ("packed one size too late", "numel() < MIN", "numel() <= MIN"),
+        ("all packed", "numel() < MIN_8BIT_SIZE", "numel() < 0"),
+        ("transposed weights not written", "parameter.copy_(dense)", "pass"),
+        ("not counted", 'state["step"] += 1', 'state["step"] += 1 if state["step"] < 1 else 0'),
+    ],
+}
+
+CAPPED = "        if self.softcap is not None:\n            tile"
+PEAK = "        peak = torch.maximum(self.peak, tile.amax(dim=1))"
+WEIGHTED = "self.weighted.addcmul_(shift, self.total).mul_(shrink)"
+TOTAL = "self.total.mul_(shrink).add_(exponentials.sum(dim=1))"
+FOUND = "torch.where(inside, tile.gather(1, column).squeeze(1), self.target_logit)"
+BY_LOGPROB = "gradient.mul_((-grad_logprobs / self.total)[:, None])"
+OFFSET = "slope * (self.entropy() - self.total.log()) - grad_logprobs / self.total"
+AT_TARGET = "shaping.pull_back_(torch.where(inside, grad_logprobs, 0.0), self.target_logit)"
+FACTOR = "gradient.mul_(self.scale / self.temperature)"
+
+ONLINE_SOFTMAX: Changes = {
+    "LogitShaping": [
+        ("scale ignored", "tile.mul_(self.scale)", "pass"),
+        ("divided by the scale", "tile.mul_(self.scale)", "tile.div_(self.scale)"),
+        ("temperature ignored", "tile.div_(self.temperature)", "pass"),
+        ("multiplied by the temperature", "tile.div_(self.temperature)", "tile.mul_(self.temperature)"),
+        ("cap left out", CAPPED, CAPPED.replace("is not None", "is None and False")),
+        ("not scaled back to the cap", ".tanh_().mul_(self.softcap)", ".tanh_()"),
+        ("not divided by the cap", "tile.div_(self.softcap).tanh_()", "tile.tanh_()"),
+        ("cap has slope one", "value=-tanh_per_logit", "value=0"),
+        ("slope of the cap above one", "value=-tanh_per_logit", "value=tanh_per_logit"),
+        ("temperature left out of the cap's slope", "self.temperature / self.softcap", "1 / self.softcap"),
+        ("scale left out of the gradient", FACTOR, "gradient.div_(self.temperature)"),
+        ("temperature left out of the gradient", FACTOR, "gradient.mul_(self.scale)"),
+        ("scale and temperature swapped", FACTOR, "gradient.mul_(self.temperature / self.scale)"),
+    ],
+    "RunningSoftmax.fold_": [
+        ("peak starts at zero", "torch.finfo(dtype).min", "0.0"),
+        ("peak of this tile alone", PEAK, "        peak = tile.amax(dim=1)"),
+        ("peak not kept", "        self.peak.copy_(peak)\n", ""),
+        ("old sum not rescaled", TOTAL, TOTAL.replace("mul_(shrink).", "")),
+        ("old sum forgotten", TOTAL, TOTAL.replace("mul_(shrink)", "zero_()")),
+        ("new sum left out", TOTAL, "self.total.mul_(shrink)"),
+        ("weighted sum not rescaled", WEIGHTED, WEIGHTED.replace(".mul_(shrink)", "")),
+        ("weighted sum not moved to the new peak", WEIGHTED, "self.weighted.mul_(shrink)"),
+        ("moved by the sum after this tile", WEIGHTED + "\n        " + TOTAL, TOTAL + "\n        " + WEIGHTED),
+        ("sum of exponentials for the weighted sum", "exponentials.mul_(tile).sum", "exponentials.sum"),
+        ("targets elsewhere overwritten", FOUND, "tile.gather(1, column).squeeze(1)"),
+        ("target never read", FOUND, "self.target_logit"),
+        ("target less this tile's peak", FOUND, FOUND.replace("squeeze(1)", "squeeze(1) - tile.amax(dim=1)")),
+        ("rows are copies", "self.total[tokens]", "self.total[tokens].clone()"),
+    ],
+    "RunningSoftmax.logprobs and entropy": [
+        ("peak left out", "self.target_logit - self.peak - self.total.log()", "self.target_logit - self.total.log()"),
+        ("sum without logarithm", "- self.peak - self.total.log()", "- self.peak - self.total"),
+        ("normaliser left out", "- self.peak - self.total.log()", "- self.peak"),
+        ("peak and sum joined", "- self.peak - self.total.log()", "- (self.peak + self.total.log())"),
+        ("sign of the weighted sum", "log() - self.weighted / self.total", "log() + self.weighted / self.total"),
+        ("weighted sum not normalised", "log() - self.weighted / self.total", "log() - self.weighted"),
+    ],
+    "RunningSoftmax.gradient": [
+        ("probabilities not normalised", BY_LOGPROB, BY_LOGPROB.replace(" / self.total", "")),
+        ("sign of the probabilities", BY_LOGPROB, BY_LOGPROB.replace("-grad", "grad")),
+        (
+            "same gradient for every row",
+            BY_LOGPROB,
+            BY_LOGPROB.replace("grad_logprobs", "grad_logprobs.mean()").replace(
+                "mean()", "mean().expand_as(self.total)"
+            ),
+        ),
+        ("entropy left out of its gradient", OFFSET, OFFSET.replace("self.entropy() - ", "-")),
+        ("sign of the normaliser", OFFSET, OFFSET.replace("entropy() -", "entropy() +")),
+        ("log-prob left out beside the entropy", OFFSET, OFFSET.replace(" - grad_logprobs / self.total", "")),
+        ("sign of the entropy's gradient", "slope = -grad_entropy", "slope = grad_entropy"),
+        ("target left out", " + at_target[:, None]", ""),
+        ("target's share in every tile", AT_TARGET, AT_TARGET.replace("inside,", "inside | True,")),
+        ("target's share without slope", AT_TARGET, "torch.where(inside, grad_logprobs, 0.0)"),
+        ("slope of another logit", AT_TARGET, AT_TARGET.replace("self.target_logit", "self.peak * 0.5")),
+        ("slope at the probabilities left out", "        shaping.pull_back_(gradient, logits)\n", ""),
+        ("last column is outside", "(targets < num_columns)", "(targets < num_columns - 1)"),
+        ("one column too many", "(targets < num_columns)", "(targets <= num_columns)"),
+        ("first column is outside", "(targets >= 0)", "(targets > 0)"),
+        ("columns before are inside", "(targets >= 0) & ", ""),
+    ],
+}
+
+SHIFTED = """targets[tokens] - vocabulary.start,
+                    softmax.rows(tokens),
+                    shaping,
+                )"""
+SUMMED = "total.add_(product(a, b))"
+
+TILED_LOGPROBS: Changes = {
+    "tile_shape and spans": [
+        ("bytes of half precision", "tile_bytes // 4)", "tile_bytes // 2)"),
+        ("tiles a quarter as large", "tile_bytes // 4)", "tile_bytes // 16)"),
+        ("last tile uneven", "math.ceil(num_tokens / num_tiles)", "min(num_tokens, entries // columns)"),
+        ("wide tiles", "math.isqrt(TILE_ASPECT * entries)", "entries"),
+        ("columns not used up", "columns = min(vocab_size, entries // rows)", "pass"),
+        ("width not a multiple", "columns -= columns % COLUMN_MULTIPLE", "pass"),
+        ("last columns left out", "min(start + step, length)) for", "start + step) for"),
+    ],
+    "product": [
+        ("rounded to the head's dtype", "torch.mm(a.to(wide), b.to(wide))", "torch.mm(a.to(b.dtype), b).to(wide)"),
+        ("summed in the head's dtype", SUMMED, "total.copy_((total.to(b.dtype) + product(a, b).to(b.dtype)))"),
+        ("overwritten", SUMMED, "total.copy_(product(a, b))"),
+        ("float32 overwritten", "total.addmm_(a, b)", "total.addmm_(a, b, beta=0)"),
+        ("float64 lost", "wide = torch.promote_types(b.dtype, torch.float32)", "wide = torch.float32"),
+    ],
+    "TiledLogprobs.forward": [
+        ("cap left out", "softcap=head.softcap", "softcap=None"),
+        ("scale left out", "scale=head.scale", "scale=1.0"),
+        ("bias left out", "return tile if bias is None else tile.add_(bias)", "return tile"),
+        ("entropy always has a graph", "        if not entropy_gradient:\n", "        if False:\n"),
+        ("targets counted from each tile's first", SHIFTED, SHIFTED.replace(" - vocabulary.start", "")),
+        ("gradient through the entropy alone", "grad_logprobs[tokens],", "0 * grad_logprobs[tokens],"),
+    ],
+    "TiledLogprobs.backward": [
+        ("entropy's gradient lost", "grad_entropy[tokens] if entropy_gradient else None", "None"),
+        ("sign of the states' gradient", "into_states, gradient, weight", "into_states, -gradient, weight"),
+        ("sign of the head's gradient", "into_weight, gradient.T, states", "into_weight, -gradient.T, states"),
+        ("head's gradient not written", "grad_weight[vocabulary] = into_weight", "pass"),
+        ("frozen head has a gradient", "torch.zeros_like(weight) if wants_weight", "torch.zeros_like(weight) if True"),
+        ("head never has a gradient", "torch.zeros_like(weight) if wants_weight", "torch.zeros_like(weight) if False"),
+        ("bias of the first token alone", "gradient.sum(dim=0)", "gradient[0]"),
+        ("a whole float32 head", "torch.zeros_like(weight) if", "torch.zeros_like(weight.to(wide)) if"),
+    ],
+}
+
+ORDER = "key=lambda i: (-sum(sizes[i]), -sizes[i][0], i)"
+FILL = "(i - starts[-1] + 1) * (prompt + response) > max_tokens"
+WIDEST = "prompt, response = max(prompt, own_prompt), max(response, own_response)"
+
+MICRO_BATCHES: Changes = {
+    "by_token_budget": [
+        ("not sorted", "order = sorted(range(len(sizes)), " + ORDER + ")", "order = list(range(len(sizes)))"),
+        ("shortest first", ORDER, "key=lambda i: (sum(sizes[i]), sizes[i][0], i)"),
+        ("ties by prompt ignored", ORDER, "key=lambda i: (-sum(sizes[i]), i)"),
+        (
+            "not balanced",
+            "starts = [*filled_up(ordered, budget), len(order)]",
+            "starts = [*filled_up(ordered, max_tokens), len(order)]",
+        ),
+        ("one group more", "<= num_groups)", "<= num_groups + 1)"),
+        ("a budget too low", "starts = [*filled_up(ordered, budget)", "starts = [*filled_up(ordered, budget - 1)"),
+        ("last group lost", "budget), len(order)]", "budget)]"),
+        ("positions in the sorted order", "[order[start:end] for", "[sorted(order)[start:end] for"),
+    ],
+    "filled_up": [
+        ("budget not reached", FILL, FILL.replace(" > ", " >= ")),
+        ("one row too many", FILL, FILL.replace(" + 1", "")),
+        ("prompts padded alone", FILL, FILL.replace("(prompt + response)", "prompt")),
+        ("only the longest row counts", WIDEST, WIDEST.replace("max(prompt, own_prompt)", "max(prompt, 0)")),
+        ("width of the new row", WIDEST, "prompt, response = own_prompt, own_response"),
+        ("width of the group before", "            prompt, response = own_prompt, own_response\n", ""),
+        ("a long row is never alone", "not starts or (i", "not starts or i and (i - 1"),
+    ],
+    "micro_batches": [
+        ("order of the rows matters", "else sorted(rows)", "else list(rows)"),
+        ("responses do not count", "responses = batch.response_mask.sum", "responses = batch.response_mask[:, :1].sum"),
+        (
+            "padding of the prompt counts",
+            "batch.attention_mask[:, : batch.num_prompt_columns].sum(dim=1)",
+            "(batch.attention_mask[:, : batch.num_prompt_columns] >= 0).sum(dim=1)",
+        ),
+        (
+            "prompts cut",
+            "first = border - int(mask[:, :border].sum(dim=1).max())",
+            "first = border - int(mask[:, :border].sum(dim=1).min())",
+        ),
+        (
+            "responses cut",
+            "response_mask.sum(dim=1).max())\n    columns",
+            "response_mask.sum(dim=1).min())\n    columns",
+        ),
+        ("columns of all rows", "columns = slice(first, border + width)", "columns = slice(0, border + width)"),
+    ],
+}
+
+HALF = "self.micro_batch_tokens = num_tokens // 2"
+COUNTED = "which no batch may have come near\n        self.num_retries += 1"
+ALONE = "        if num_items == 1:"
+
+LIMITS: Changes = {
+    "StageLimits": [
+        ("half of the limit", HALF, "self.micro_batch_tokens //= 2"),
+        ("as large as what failed", HALF, HALF.replace(" // 2", "")),
+        ("a third", HALF, HALF.replace("// 2", "// 3")),
+        ("retries not counted", COUNTED, ""),
+        ("single sequences cut on and on", ALONE, "        if num_items == 0:"),
+        ("pairs of rows never cut", ALONE, "        if num_items <= 2:"),
+        ("single rows cut on and on", "        if num_rows == 1:", "        if num_rows == 0:"),
+        ("rows not halved", "self.rollout_rows = num_rows // 2", "self.rollout_rows = num_rows"),
+        (
+            "evaluations unbounded",
+            "config.sampling.batch_rows or config.rollout_batch_size * config.samples_per_prompt",
+            "config.sampling.batch_rows",
+        ),
+        ("prompts for rows", "config.rollout_batch_size * config.samples_per_prompt", "config.rollout_batch_size"),
+        ("setting ignored", "config.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS", "DEFAULT_MICRO_BATCH_TOKENS"),
+    ],
+    "map_micro_batches": [
+        ("goes on after a failure", "                break\n", "                continue\n"),
+        ("results alive until the next attempt", "        results.clear()\n", "        kept = results\n"),
+        ("gradients not dropped", "        start_over()\n", ""),
+        (
+            "gradients dropped after the halving",
+            "        start_over()\n        gc.collect()\n        release()\n        limits.halve_micro_batch(*failure)",
+            "        gc.collect()\n        release()\n        limits.halve_micro_batch(*failure)\n        start_over()",
+        ),
+        ("failing result kept", "            results.append(result)\n        if", "        if"),
+    ],
+    "map_row_groups": [
+        ("uneven", "size = -(-left // num_groups)", "size = min(left, limits.rollout_rows or left)"),
+        (
+            "groups above the limit",
+            "num_groups = -(-left // (limits.rollout_rows or left))",
+            "num_groups = max(1, left // (limits.rollout_rows or left))",
+        ),
+        (
+            "all groups again",
+            "            limits.halve_rollout_rows(size, result.reason)\n",
+            "            limits.halve_rollout_rows(size, result.reason)\n            start, results = 0, []\n",
+        ),
+        (
+            "failed group skipped",
+            "            limits.halve_rollout_rows(size, result.reason)\n",
+            "            limits.halve_rollout_rows(size, result.reason)\n            start += size\n",
+        ),
+        (
+            "half of the limit, not of the group",
+            "limits.halve_rollout_rows(size, result.reason)",
+            "limits.halve_rollout_rows(num_rows, result.reason)",
+        ),
+    ],
+    "attempt": [
+        ("frames stay alive", "traceback.clear_frames(link.__traceback__)", "pass"),
+        ("causes stay alive", "link = link.__cause__ or link.__context__", "link = None"),
+        ("every error is memory", "if not is_out_of_memory(error):", "if False:"),
+        (
+            "only CUDA's error",
+            "isinstance(error, MemoryError | torch.OutOfMemoryError)",
+            "isinstance(error, torch.OutOfMemoryError)",
+        ),
+        ("the CPU allocator unknown", "any(text in str(error) for text in OUT_OF_MEMORY)", "False"),
+        ("the last line for the reason", ".splitlines()[0]", ".splitlines()[-1]"),
+        ("nothing handed back", "        trim(0)\n", "        pass\n"),
+    ],
+}
+
+WRITE = "self._key_store[..., start : self._num_filled, :] = key_states"
+MOVE = "filled[: len(rows)] = filled[rows]"
+
+CACHE: Changes = {
+    "PreallocatedLayer": [
+        ("first columns overwritten", WRITE, WRITE.replace("start : self._num_filled", ": key_states.shape[-2]")),
+        ("values not written", "self._value_store[..., start : self._num_filled, :] = value_states", "pass"),
+        (
+            "columns that are not filled",
+            "self.keys = self._key_store[..., : self._num_filled, :]",
+            "self.keys = self._key_store",
+        ),
+        ("values for keys", "self.keys = self._key_store[", "self.keys = self._value_store["),
+        ("first rows kept", MOVE, "pass"),
+        (
+            "last column left behind",
+            "filled = store[..., : self._num_filled, :]",
+            "filled = store[..., : self._num_filled - 1, :]",
+        ),
+        ("rows that left stay", "        return store[: len(rows)]", "        return store"),
+        (
+            "new storage for fewer rows",
+            "        return store[: len(rows)]",
+            "        return store[: len(rows)].clone()",
+        ),
+        (
+            "too many columns",
+            "self._num_columns, key_states.shape[-1]))",
+            "2 * self._num_columns, key_states.shape[-1]))",
+        ),
+        (
+            "bytes of the filled part",
+            "store.untyped_storage().nbytes() for",
+            "store[..., : self._num_filled, :].numel() * 4 for",
+        ),
+        (
+            "empty layers asked",
+            "        if self.is_initialized:\n            self._key_store = ",
+            "        assert self.is_initialized\n        if True:\n            self._key_store = ",
+        ),
+    ],
+    "cache_bytes": [
+        ("keys alone", "return 2 * num_layers", "return num_layers"),
+        ("one layer", "return 2 * num_layers * ", "return 2 * "),
+        ("one row", "num_rows * num_kv_heads", "num_kv_heads"),
+        ("heads left out", "num_rows * num_kv_heads", "num_rows"),
+        ("four bytes", "head_dim * itemsize", "head_dim * 4"),
+    ],
+}
+
+TILE = "size = max(1, tile_bytes // (DRAW_BYTES * len(head.weight)))"
+
+SAMPLE: Changes = {
+    "draw_in_tiles": [
+        ("no tiles", TILE, "size = len(states)"),
+        ("float32 counted", TILE, TILE.replace("DRAW_BYTES", "4")),
+        (
+            "uniforms of the first tile",
+            "draw(logits, uniforms[start : start + size], config)",
+            "draw(logits, uniforms[: len(logits)], config)",
+        ),
+        (
+            "states of the first tile",
+            "head.logits(states[start : start + size])",
+            "head.logits(states[: len(states[start : start + size])])",
+        ),
+        ("forbidden ids allowed", "logits[:, forbidden] = -torch.inf", "pass"),
+        ("order of tiles", "return torch.cat(tiles)", "return torch.cat(tiles[::-1])"),
+    ],
+    "draw": [
+        ("temperature ignored", "logits = logits / config.temperature", "pass"),
+        ("multiplied by the temperature", "logits / config.temperature", "logits * config.temperature"),
+        ("in place", "logits = logits / config.temperature", "logits = logits.div_(config.temperature)"),
+        ("float32", "restrict(logits, config).double().softmax", "restrict(logits, config).softmax"),
+        ("one too early", "right=True).squeeze(1)", "right=True).squeeze(1).sub(1).clamp(min=0)"),
+        ("not restricted", "restrict(logits, config).double()", "logits.double()"),
+    ],
+}
+
+PACKAGES = {"quantized": "model", "adam8bit": "runtime", "online_softmax": "model", "tiled_logprobs": "model"}
+"""Where a module is, if not among the algorithms."""
 TABLES = {"masking": MASKING, "kl": KL, "rewards": REWARDS, "advantages": ADVANTAGES, "losses": LOSSES}
+TABLES |= {"quantized": QUANTIZED, "adam8bit": ADAM8BIT}
+TABLES |= {"online_softmax": ONLINE_SOFTMAX, "tiled_logprobs": TILED_LOGPROBS}
+PACKAGES |= {"micro_batches": "stages", "limits": "stages", "cache": "model", "sample": "model"}
+TABLES |= {"micro_batches": MICRO_BATCHES, "limits": LIMITS, "cache": CACHE, "sample": SAMPLE}
 MUTANTS = [
     Mutant(module, function, *change)
     for module, table in TABLES.items()

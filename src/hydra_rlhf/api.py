@@ -4,18 +4,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra_rlhf.config import DataConfig, HydraSFTConfig, PPOConfig
+from hydra_rlhf.config import DataConfig, HydraSFTConfig, MemoryConfig, PPOConfig
 from hydra_rlhf.data.formats import ChatFormat, chat_format
 from hydra_rlhf.data.sources import PreferencePair, Prompt, PromptValue, Rows
 from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.model.export import save_stage1
 from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.runtime.measure import PhaseMemory
 from hydra_rlhf.stages import hydra_sft
 from hydra_rlhf.stages.finish import save_policy
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.session import Session
+from hydra_rlhf.stages.settle import recipe_of, settle_ppo, settle_stage1
 from hydra_rlhf.stages.supervised import train_supervised
 
 Pairs = Rows[PreferencePair] | Sequence[PreferencePair]
@@ -29,6 +31,7 @@ def train_hydra_sft(
     *,
     held_out: Pairs = (),
     data: DataConfig | None = None,
+    memory: MemoryConfig | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Stage 1 in place: train the shared decoder with both heads, then start the critic as the reward model.
@@ -48,7 +51,8 @@ def train_hydra_sft(
     chat = chat_for(model, [Prompt(row.prompt) for row in rows], data)
     examples, _ = chat.tokenize_pairs(rows)
     test_examples, _ = chat.tokenize_pairs(test_rows)
-    session = Session()
+    memory = memory or MemoryConfig()
+    session = Session(memory=PhaseMemory(track_tensors=memory.track_tensors))
     train_supervised(
         session,
         model,
@@ -59,6 +63,7 @@ def train_hydra_sft(
         lora=model.lora,
         seed=seed,
         held_out=test_examples,
+        limits=settle_stage1(recipe_of(model, memory, hydra_sft=config), model, "hydra_sft", examples, None),
     )
     model.reset_critic()
     return session.history
@@ -72,9 +77,12 @@ def train_ppo(
     reward_fn: RewardFunction | None = None,
     held_out: Prompts = (),
     data: DataConfig | None = None,
+    memory: MemoryConfig | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Stage 2 in place. Returns one dict of metrics per PPO step.
+
+    What `config` leaves open (micro-batches, rows decoded together, checkpointing) is planned to fit `memory`.
 
     The score is the reward head's plus `reward_fn`'s, weighted as in `config.reward`; a model built with
     `with_reward=False` is scored by `reward_fn` alone. Raises `ConfigError` where nothing scores.
@@ -87,7 +95,8 @@ def train_ppo(
     chat = chat_for(model, train, data)
     tokenized, _ = chat.tokenize_prompts(train)
     seen, _ = chat.tokenize_prompts(test)
-    session = Session()
+    memory = memory or MemoryConfig()
+    session = Session(memory=PhaseMemory(track_tensors=memory.track_tensors))
     train_ppo_stage(
         session,
         model,
@@ -97,20 +106,23 @@ def train_ppo(
         seed=seed,
         reward_fn=reward_fn,
         held_out=HeldOut(prompts=seen, reward_fn=reward_fn) if seen else None,
+        limits=settle_ppo(recipe_of(model, memory, ppo=config), model, tokenized, None),
     )
     return session.history
 
 
 def save_model(model: HydraModel, folder: str | Path) -> None:
     """Write everything a trained model is made of: `base/` (transformers folder, reward head, tokenizer) and, as a run
-    leaves it, `actor/`, `critic/` and the value head. Adapters name `base/` as their base."""
+    leaves it, `actor/`, `critic/` and the value head. Adapters name `base/` as their base; where the base is quantised
+    `base/` holds what stage 1 trained, and all adapters belong on the model that was loaded."""
     folder = Path(folder).resolve()
     role = model.table["reference"]
     trunk = model.trunk(role.trunk)
     reward = model.table.get("reward")
     head = model.scalar_head(role.trunk, "reward") if reward is not None and reward.trunk == role.trunk else None
     save_stage1(folder / "base", trunk, model.tokenizer, head)
-    trunk.model.config.name_or_path = str(folder / "base")
+    if trunk.quantized is None:
+        trunk.model.config.name_or_path = str(folder / "base")
     save_policy(model, folder)
 
 

@@ -1,6 +1,7 @@
 """`hydra-rlhf`: one function per command. Imports torch only in commands that need it."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,15 @@ def add_recipe_commands(commands: Any) -> None:
     command = commands.add_parser("demo", help=text, description=text, epilog=epilog)
     command.add_argument("--fresh", action="store_true", help="delete an earlier demo run first")
     command.set_defaults(command=demo, takes_settings=True)
+    text = "what each method needs, per phase, and what fits; reads the model's config and no weight"
+    command = commands.add_parser("plan", help=text, description=text, epilog=epilog)
+    command.add_argument("recipe", type=Path, nargs="?", help="YAML file (default: the defaults of every setting)")
+    command.add_argument("--model", help="hub name, folder, scratch:NAME or shape:NAME (e.g. shape:llama-2-7b)")
+    command.add_argument("--budget", help="bytes to stay within, e.g. 24GiB (default: what is free here)")
+    command.add_argument("--method", action="append", help="plan this method only (repeatable)")
+    command.add_argument("--probe", action="store_true", help="run one tiny step and correct the plan by it")
+    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    command.set_defaults(command=plan, takes_settings=True)
     command = commands.add_parser("settings", help="every setting of a recipe with its default")
     command.set_defaults(command=settings)
 
@@ -142,6 +152,25 @@ def demo(args: argparse.Namespace) -> None:
     print_summary(folder, report=render_report(folder))
 
 
+def plan(args: argparse.Namespace) -> None:
+    """`plan`: memory of every method before a weight is loaded."""
+    recipe = planned_recipe(args)
+
+    from hydra_rlhf.memory.report import plan_methods
+    from hydra_rlhf.reporting.plan_table import print_plan
+
+    corrections: dict[str, float] = {}
+    if args.probe:
+        from hydra_rlhf.stages.probe_step import probe_step
+
+        corrections = probe_step(recipe)
+    planned = plan_methods(recipe, methods_named(args.method), corrections)
+    if args.json:
+        print(json.dumps(planned, indent=1))
+    else:
+        print_plan(planned)
+
+
 def settings(args: argparse.Namespace) -> None:
     """`settings`: the recipe's fields as tyro shows them."""
     del args
@@ -211,15 +240,35 @@ def data_formats(args: argparse.Namespace) -> None:
         print(f"{name:24} {row_format.description}")
 
 
-def recipe_with_overrides(path: Path, overrides: Sequence[str]) -> "Recipe":
-    """A recipe file with command-line settings laid over it. Raises `ConfigError`."""
+def methods_named(names: Sequence[str] | None) -> tuple[str, ...]:
+    """The methods to plan: those named, else all. Raises `ConfigError`."""
+    from hydra_rlhf.model.roles import ROLES
+
+    for name in names or ():
+        if name not in ROLES:
+            raise ConfigError(f"--method {name}: there is no such method; choose from {', '.join(ROLES)}")
+    return tuple(names or ROLES)
+
+
+def planned_recipe(args: argparse.Namespace) -> "Recipe":
+    """The recipe that `plan` is asked about: a file or the defaults, with its short options and overrides."""
+    from hydra_rlhf.config import Recipe
+
+    short = [("--model.path", args.model), ("--memory.budget", args.budget)]
+    options = [word for name, value in short if value is not None for word in (name, value)]
+    recipe = Recipe(name="plan") if args.recipe is None else args.recipe
+    return recipe_with_overrides(recipe, [*options, *args.overrides])
+
+
+def recipe_with_overrides(source: "Path | Recipe", overrides: Sequence[str]) -> "Recipe":
+    """A recipe, or the one of a file, with command-line settings laid over it. Raises `ConfigError`."""
     import tyro
     from pydantic import ValidationError
 
     from hydra_rlhf.config import Recipe
     from hydra_rlhf.recipes import describe, load_recipe
 
-    recipe = load_recipe(path)
+    recipe = load_recipe(source) if isinstance(source, Path) else source
     if not overrides:
         return recipe
     try:

@@ -1,10 +1,19 @@
-"""Every setting, once: a recipe (YAML) fills a `Recipe`. Docstrings of fields are their `--help`. Imports no torch."""
+"""Every setting, once: a recipe (YAML) fills a `Recipe`. Docstrings of fields are their `--help`. Imports no torch.
+
+Those of the training stages are in `config_stages.py`.
+"""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, dataclasses
 
-from hydra_rlhf.config_checks import STRICT, Betas, Count, Finite, NonNegative, Positive, PositiveInt, Share, check_ppo
+from hydra_rlhf.config_checks import BYTES, BYTES_OR_AUTO, STRICT, Count, Positive, PositiveInt, Share
+from hydra_rlhf.config_stages import HydraSFTConfig as HydraSFTConfig
+from hydra_rlhf.config_stages import OptimizerConfig as OptimizerConfig
+from hydra_rlhf.config_stages import PPOConfig as PPOConfig
+from hydra_rlhf.config_stages import RewardConfig as RewardConfig
+from hydra_rlhf.config_stages import SamplingConfig as SamplingConfig
+from hydra_rlhf.config_stages import SupervisedConfig as SupervisedConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -59,8 +68,8 @@ class ModelConfig:
     """`auto` (CUDA if there is one, else CPU), `cpu`, `cuda` or `cuda:N`."""
     offline: bool = False
     """Never contact the hub; use local folders and its cache only."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in backward instead of keeping its activations: less memory, one more forward."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Hold the base's linears in 4 bits (NF4, needs the `quant` extra) or 8 bits; stage 1 then trains a LoRA set."""
     scratch_vocab_size: Annotated[int, Field(ge=300)] = 512
     """Vocabulary of the byte-level BPE that `scratch:` models train on the data."""
 
@@ -94,152 +103,19 @@ class StartConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class OptimizerConfig:
-    """What all stages say about their forwards and their optimizer (AdamW)."""
+class MemoryConfig:
+    """How much memory a run may use, and what it does to stay within it; nothing here changes what is learned."""
 
-    micro_batch_tokens: PositiveInt = 8192
-    """Padded tokens per forward; a memory knob only, never changes a loss."""
-    warmup_frac: Share = 0.05
-    """Share of the steps in which learning rates rise linearly from zero."""
-    adam_betas: Betas = (0.9, 0.95)
-    """Adam's two decay rates."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay, applied to every trained tensor."""
-    max_grad_norm: Positive = 1.0
-    """Each optimizer's gradients are scaled down to this global norm."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class SupervisedConfig(OptimizerConfig):
-    """One supervised stage: SFT or reward model."""
-
-    tuning: Literal["full", "lora"] = "full"
-    """Train all weights, or one LoRA set that is merged into a new base when the stage ends."""
-    num_epochs: Positive = 1.0
-    """Passes over the training pairs; fractions are allowed."""
-    learning_rate: Positive | None = None
-    """Peak learning rate; default 1e-5 for `full`, 2e-4 for `lora`."""
-    batch_size: PositiveInt = 32
-    """Pairs (or demonstrations) per optimizer step."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the learning rate after warm-up; linear and cosine end at zero."""
-    eval_every: Count = 50
-    """Optimizer steps between evaluations on held-out data; 0 = only at the end."""
-    max_eval_rows: PositiveInt = 512
-    """Held-out pairs used for evaluation during training."""
-    save_every: Count = 100
-    """Optimizer steps between checkpoints; 0 = only at the end of the stage."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class HydraSFTConfig(SupervisedConfig):
-    """Joint SFT and reward training: loss = cross entropy + reward_loss_coef * ranking loss."""
-
-    reward_loss_coef: NonNegative = 0.1
-    """Weight of the ranking loss (the paper's gamma)."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class SamplingConfig:
-    """How responses are drawn; log-probs are taken at the same temperature."""
-
-    max_response_tokens: PositiveInt = 128
-    """Responses end here at the latest."""
-    min_response_tokens: PositiveInt = 1
-    """Stop tokens cannot be drawn before this many tokens, the stop token included; above 1 biases the ratio."""
-    temperature: Annotated[float, Field(ge=1e-3, allow_inf_nan=False)] = 1.0
-    """Logits are divided by this in sampling and in log-probs; must be positive."""
-    top_k: Count = 0
-    """Keep the k likeliest tokens; 0 = all. Anything else biases the PPO ratio."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Keep the smallest set of tokens with this much probability; 1 = all. Anything else biases the PPO ratio."""
-    stop_token_ids: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
-    """Ids that end a response; default: the model's generation config, else the tokenizer's EOS."""
-    batch_rows: Count = 0
-    """Responses decoded together; 0 = the whole rollout batch. A memory knob only."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class RewardConfig:
-    """Where scores come from and what is done to them before they become rewards."""
-
-    reward_fn: str | None = None
-    """Python function `(prompts, responses, **columns) -> floats (or per-token lists)`, as `module:function`."""
-    reward_fn_coef: Finite = 1.0
-    """Weight of the reward function's scores."""
-    reward_model_coef: Finite = 1.0
-    """Weight of the reward head's scores; 0 leaves the reward role out (needs `reward_fn`)."""
-    clip: Positive | None = None
-    """Scores are held in [-clip, clip] after normalisation; none = not clipped."""
-    normalize: bool = False
-    """Divide scores by their running standard deviation over the run (the mean is kept)."""
-    missing_eos_penalty: Finite = 0.0
-    """Subtracted from the score of a response that has no stop token."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class PPOConfig(OptimizerConfig):
-    """Stage 2."""
-
-    num_steps: PositiveInt = 100
-    """PPO steps; each samples, scores and learns from one rollout batch."""
-    rollout_batch_size: PositiveInt = 64
-    """Prompts per PPO step."""
-    samples_per_prompt: PositiveInt = 1
-    """Responses drawn for each prompt."""
-    num_epochs: PositiveInt = 2
-    """Passes over each rollout."""
-    minibatch_size: PositiveInt = 32
-    """Sequences per optimizer step; must divide rollout_batch_size * samples_per_prompt."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How responses are drawn."""
-    reward: RewardConfig = RewardConfig()
-    """Where scores come from."""
-    kl_coef: NonNegative = 0.02
-    """Reward lost (or loss added) per nat of KL(actor || reference)."""
-    kl_estimator: Literal["k1", "k2", "k3", "none"] | None = None
-    """Per-token KL (Schulman 2020), l = log-ratio: k1 = l, k2 = l^2 / 2, k3 = e^-l - 1 + l; default k1 (loss: k2)."""
-    kl_in: Literal["reward", "loss"] = "reward"
-    """Subtract the KL from each token's reward, or add it to the policy loss."""
-    kl_target: Positive | None = None
-    """Nats per response that an adaptive kl_coef steers to (Ziegler et al. 2019); none = fixed coefficient."""
-    kl_horizon: PositiveInt = 10_000
-    """Sequences over which the adaptive coefficient reacts."""
-    max_update_kl: Positive | None = None
-    """End a step's update early when the mean KL(old actor || new actor) per token passes this; none = never."""
-    discount: Share = 1.0
-    """Gamma of the returns."""
-    gae_lambda: Share = 0.95
-    """Lambda of generalised advantage estimation."""
-    clip_range: Positive = 0.2
-    """Epsilon of the clipped surrogate: the ratio is held in [1 - epsilon, 1 + epsilon]."""
-    value_clip_range: Positive | None = 0.2
-    """New values are held within this distance of the old ones in the value loss; none = not clipped."""
-    value_coef: NonNegative = 0.5
-    """Weight of the value loss where actor and critic share one LoRA set; unused elsewhere (own optimizers)."""
-    entropy_coef: NonNegative = 0.0
-    """Weight of the entropy bonus."""
-    critic_warmup_steps: Count = 0
-    """First PPO steps in which only the critic learns (with a joined LoRA set: only the value head)."""
-    actor_learning_rate: Positive = 1e-4
-    """Peak rate of the actor's LoRA set."""
-    critic_learning_rate: Positive = 1e-4
-    """Peak rate of the critic's LoRA set."""
-    value_head_learning_rate: Positive = 1e-4
-    """Peak rate of the value head."""
-    full_learning_rate_scale: Positive = 0.1
-    """A role without a LoRA set trains its whole trunk at its rate times this."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the learning rates after warm-up; linear and cosine end at zero."""
-    eval_every: Count = 10
-    """PPO steps between evaluations on held-out prompts; 0 = never."""
-    num_eval_prompts: PositiveInt = 64
-    """Held-out prompts used for evaluation during training."""
-    save_every: Count = 10
-    """PPO steps between checkpoints; 0 = only at the end."""
-    num_logged_samples: Count = 4
-    """Rollout samples written to samples.jsonl each step."""
-    __post_init__ = check_ppo
+    budget: Annotated[str, Field(pattern=BYTES_OR_AUTO)] = "auto"
+    """Bytes the run may use, e.g. 24GiB; `auto` is most of what is free on the device when the run starts."""
+    checkpointing: Literal["none", "layers", "auto"] = "auto"
+    """Layers recomputed in backward instead of kept: none, all, or as few as the budget needs."""
+    offload: bool = False
+    """Keep what checkpointed layers save in pinned host memory (CUDA only): less memory for some transfer."""
+    logit_tile: Annotated[str, Field(pattern=BYTES)] = "32MiB"
+    """Largest block of logits (tokens x vocabulary, float32) that may exist at once."""
+    track_tensors: bool = False
+    """Count the exact bytes of all tensors in each phase, into memory.json; slows a run down."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -296,5 +172,7 @@ class Recipe:
     """Stage 2."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """The evaluation at the end."""
+    memory: MemoryConfig = MemoryConfig()
+    """How much memory it may use."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Threads, determinism, checkpoints kept."""

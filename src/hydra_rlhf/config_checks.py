@@ -1,5 +1,6 @@
 """Types of values and checks across settings, apart from `config.py` so that it lists nothing but settings."""
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import ConfigDict, Field
@@ -7,7 +8,7 @@ from pydantic import ConfigDict, Field
 from hydra_rlhf.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hydra_rlhf.config import PPOConfig
+    from hydra_rlhf.config_stages import PPOConfig
 
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -17,8 +18,21 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
+BYTES = r"^\d+(\.\d+)?(B|KiB|MiB|GiB|KB|MB|GB)$"
+"""How a number of bytes is written."""
+BYTES_OR_AUTO = rf"{BYTES}|^auto$"
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
 STRICT = ConfigDict(extra="forbid")
 """Config classes refuse unknown fields."""
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB` -> bytes. Raises `ConfigError` for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]i?B|B)", text)
+    if found is None:
+        raise ConfigError(f"{text!r} is not a number of bytes; write it as 24GiB, 512MiB or 1000000B")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def check_ppo(config: "PPOConfig") -> None:

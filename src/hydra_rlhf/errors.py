@@ -35,6 +35,10 @@ class NonFiniteError(HydraError):
     """Losses or gradients were not finite several steps in a row; the last checkpoint is intact."""
 
 
+class OutOfMemoryError(HydraError):
+    """Memory ran out on work that cannot be cut any further; the last checkpoint is intact."""
+
+
 class RewardFunctionError(HydraError):
     """A reward function raised, or returned something other than one finite number (or list) per response."""
 

@@ -34,6 +34,7 @@ from hydra_rlhf.model.sample import sample_tokens
 from hydra_rlhf.records import PPOTargets, Rollout, TokenBatch
 from hydra_rlhf.reporting.render import render_report
 from hydra_rlhf.runtime.optimizer import Optimizer
+from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.pipeline import run_recipe
 from hydra_rlhf.stages.ppo import judge
 from hydra_rlhf.stages.ppo_state import build_optimizers
@@ -102,14 +103,15 @@ def rollout_of(hydra: HydraModel, config: PPOConfig, step: int = 0) -> Rollout:
     """Eight responses to six prompts, looked at by every role."""
     batch = prompt_batch(prompts(), [*range(6), 0, 1], 1, 0, hydra.device)
     assert batch.tokens.device.type == DEVICE
-    responses = sample_responses(hydra, chat(hydra), "actor", batch, config.sampling, stream=(0, step))
+    limits = StageLimits.of(config)
+    responses = sample_responses(hydra, chat(hydra), "actor", batch, config.sampling, stream=(0, step), limits=limits)
     return collect_rollout(
         hydra,
         batch,
         responses,
         config.reward,
         temperature=config.sampling.temperature,
-        micro_batch_tokens=config.micro_batch_tokens,
+        limits=limits,
         reward_fn=None,
     )
 
@@ -365,7 +367,7 @@ def test_the_demo_at_smoke_size(precision: str, tmp_path: Path) -> None:
             tmp_path,
             model__device=DEVICE,
             model__dtype=precision,
-            model__gradient_checkpointing=precision == "bfloat16",
+            memory__checkpointing="layers" if precision == "bfloat16" else "none",
             hydra_sft__num_epochs=2.0,
         )
     )

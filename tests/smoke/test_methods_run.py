@@ -80,7 +80,7 @@ def hydra_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def separate_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with an SFT model and a reward model of its own."""
-    return run(tmp_path_factory.mktemp("separate"), method="d-lora-ppo")
+    return run(tmp_path_factory.mktemp("separate"), method="d-lora-ppo", memory__track_tensors=True)
 
 
 @pytest.fixture
@@ -225,7 +225,8 @@ def test_a_peft_adapter_becomes_the_sft_model(llama: Path, tmp_path: Path) -> No
 def test_lora_in_stage_1_on_a_bfloat16_base_with_checkpointing(llama: Path, tmp_path: Path) -> None:
     folder = run(
         tmp_path,
-        model={"path": str(llama), "dtype": "bfloat16", "gradient_checkpointing": True, "device": "cpu"},
+        model={"path": str(llama), "dtype": "bfloat16", "device": "cpu"},
+        memory__checkpointing="layers",
         hydra_sft__tuning="lora",
         data__chat_template="none",
     )
@@ -241,8 +242,8 @@ def test_lora_in_stage_1_on_a_bfloat16_base_with_checkpointing(llama: Path, tmp_
 
 def test_checkpointing_changes_no_number(hydra_run: Path, tmp_path: Path) -> None:
     start = {"start__hydra_sft": str(hydra_run / "hydra_sft")}
-    plain = run(tmp_path, name="plain", **start)
-    recomputed = run(tmp_path, name="recomputed", model__gradient_checkpointing=True, **start)
+    plain = run(tmp_path, name="plain", memory__checkpointing="none", **start)
+    recomputed = run(tmp_path, name="recomputed", memory__checkpointing="layers", **start)
     for key in ("loss/policy", "loss/value", "optim/actor_grad_norm", "optim/critic_grad_norm", "score/mean"):
         for a, b in zip(ppo_lines(plain), ppo_lines(recomputed), strict=True):
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-7), key

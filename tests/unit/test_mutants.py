@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-MODULES = ("masking", "kl", "rewards", "advantages", "losses")
+ALGORITHMS = ("masking", "kl", "rewards", "advantages", "losses")
 MIN_MUTANTS = 5
 
 
@@ -27,15 +27,17 @@ def load(path: Path) -> types.ModuleType:
 
 
 mutants = load(TESTS / "mutants.py")
+MODULES = tuple(mutants.TABLES)
 TEST_MODULES = {name: load(TESTS / "unit" / f"test_{name}.py") for name in MODULES}
+FULL_NAMES = {name: f"hydra_rlhf.{mutants.PACKAGES.get(name, 'algorithms')}.{name}" for name in MODULES}
 SOURCES = {
-    name: Path(inspect.getfile(importlib.import_module(f"hydra_rlhf.algorithms.{name}"))).read_text(encoding="utf-8")
-    for name in MODULES
+    name: Path(inspect.getfile(importlib.import_module(full))).read_text(encoding="utf-8")
+    for name, full in FULL_NAMES.items()
 }
 
 
 def calls(test_module: types.ModuleType) -> Iterator[Callable[[], None]]:
-    """Each test of a module, once per combination of its parameters."""
+    """Each test of a module that needs no fixture, once per combination of its parameters."""
     for name, function in list(vars(test_module).items()):
         if not name.startswith("test_"):
             continue
@@ -43,15 +45,23 @@ def calls(test_module: types.ModuleType) -> Iterator[Callable[[], None]]:
         for mark in getattr(function, "pytestmark", []):
             if mark.name == "parametrize":
                 names, values = mark.args
-                axes.append([{names: value} for value in values])
+                axes.append([as_arguments(names, value) for value in values])
+        known = {name for axis in axes for name in axis[0]}
+        if inspect.signature(function).parameters.keys() - known:
+            continue
         for choice in itertools.product(*axes):
             arguments = {name: value for part in choice for name, value in part.items()}
             yield lambda function=function, arguments=arguments: function(**arguments)
 
 
+def as_arguments(names: str | tuple[str, ...], value: object) -> dict[str, object]:
+    """One entry of a `parametrize` as arguments."""
+    return {names: value} if isinstance(names, str) else dict(zip(names, value, strict=True))  # pyright: ignore
+
+
 def is_killed(module: str, source: str) -> bool:
     """Whether a test of `module` fails when it is replaced by `source`; other errors than failed tests are raised."""
-    mutated = types.ModuleType(f"hydra_rlhf.algorithms.{module}")
+    mutated = types.ModuleType(FULL_NAMES[module])
     exec(compile(source, f"<{module} with a mistake>", "exec"), mutated.__dict__)
     test_module = TEST_MODULES[module]
     original = getattr(test_module, module)
@@ -83,11 +93,12 @@ def test_mutant_is_killed(mutant):
 def test_every_function_has_mutants():
     counts = Counter((mutant.module, mutant.function) for mutant in mutants.MUTANTS)
     required = {("masking", "standardize")}
-    for name in MODULES:
+    for name in ALGORITHMS:
         if name == "masking":
             continue
         module = importlib.import_module(f"hydra_rlhf.algorithms.{name}")
         functions = inspect.getmembers(module, inspect.isfunction)
         required |= {(name, key) for key, f in functions if not key.startswith("_") and f.__module__ == module.__name__}
     assert len(required) == 15
+    required |= {(name, key) for name in mutants.PACKAGES for key in mutants.TABLES[name]}
     assert {key: counts[key] for key in required if counts[key] < MIN_MUTANTS} == {}

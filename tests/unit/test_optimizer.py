@@ -265,3 +265,78 @@ def test_groups_must_be_told_apart():
         build(ParamGroup("g", {"a": a}, 1.0), ParamGroup("g", {"b": parameter(1.0)}, 1.0))
     with pytest.raises(AssertionError, match="two groups"):
         build(ParamGroup("g", {"a": a}, 1.0), ParamGroup("h", {"a": a}, 1.0))
+
+
+def with_8_bits(dtype: torch.dtype) -> tuple[Optimizer, list[nn.Parameter]]:
+    """Two large tensors, one of them stored transposed, and a small one that keeps float32 moments."""
+    source = torch.Generator().manual_seed(5)
+    shapes = {"a": (60, 90), "b": (100, 50), "c": (7,)}
+    made = {name: nn.Parameter(torch.randn(shape, generator=source).to(dtype)) for name, shape in shapes.items()}
+    made["b"] = nn.Parameter(made["b"].detach().t().contiguous().t())
+    groups = (ParamGroup("x", {"a": made["a"]}, 0.03), ParamGroup("y", {"b": made["b"], "c": made["c"]}, 0.01))
+    factor = learning_rate_factor("cosine", 2, 9)
+    optimizer = Optimizer(
+        groups, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0, factor=factor, kind="adamw-8bit"
+    )
+    return optimizer, list(made.values())
+
+
+def give_gradients(params: list[nn.Parameter], seed: int) -> None:
+    source = torch.Generator().manual_seed(seed)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=source).to(param.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_8_bits_save_load_next_step_is_bit_equal(dtype, tmp_path):
+    optimizer, params = with_8_bits(dtype)
+    names = {name: (tensor.shape, tensor.dtype) for name, tensor in optimizer.state().items()}
+    for seed in range(4):
+        give_gradients(params, seed)
+        optimizer.step({"y"} if seed == 2 else None)
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in optimizer.state().items()} == names
+    assert ("x/a/master" in names) == (dtype == torch.bfloat16)
+    assert all(tensor.is_contiguous() for tensor in optimizer.state().values())
+    save_file(optimizer.state(), tmp_path / "optimizer.safetensors")
+
+    other, twins = with_8_bits(dtype)
+    with torch.no_grad():
+        for twin, param in zip(twins, params, strict=True):
+            twin.copy_(param)
+    other.load_state(load_file(tmp_path / "optimizer.safetensors"))
+    for seed in (10, 11):
+        give_gradients(params, seed)
+        give_gradients(twins, seed)
+        assert optimizer.step() == other.step()
+        assert bits(*params) == bits(*twins)
+    assert bits(*optimizer.state().values()) == bits(*other.state().values())
+
+
+def test_in_8_bits_a_gradient_that_is_not_finite_changes_no_bit():
+    optimizer, params = with_8_bits(torch.bfloat16)
+    give_gradients(params, 0)
+    assert optimizer.step().applied
+    before = bits(*params, *(tensor for name, tensor in optimizer.state().items() if "/" in name))
+    give_gradients(params, 1)
+    params[0].grad[3, 3] = math.nan
+    assert not optimizer.step().applied
+    assert bits(*params, *(tensor for name, tensor in optimizer.state().items() if "/" in name)) == before
+
+
+def test_in_8_bits_masters_are_rounded_back_into_their_parameters():
+    optimizer, params = with_8_bits(torch.bfloat16)
+    before = bits(*params)
+    give_gradients(params, 0)
+    optimizer.step()
+    assert all(now != then for now, then in zip(bits(*params), before, strict=True))
+    for key, param in zip(("x/a", "y/b", "y/c"), params, strict=True):
+        assert torch.equal(optimizer.state()[f"{key}/master"].bfloat16(), param.detach())
+
+
+def test_state_of_another_kind_of_moments_is_refused():
+    optimizer, _ = with_8_bits(torch.float32)
+    a = nn.Parameter(torch.zeros(60, 90))
+    b, c = nn.Parameter(torch.zeros(100, 50)), nn.Parameter(torch.zeros(7))
+    plain = build(ParamGroup("x", {"a": a}, 0.03), ParamGroup("y", {"b": b, "c": c}, 0.01))
+    with pytest.raises(CheckpointError, match=r"4 missing .*exp_avg_scale"):
+        optimizer.load_state(plain.state())

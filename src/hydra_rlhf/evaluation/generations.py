@@ -8,6 +8,7 @@ from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
 from hydra_rlhf.evaluation.statistics import pair_outcomes, win_rate, win_rate_interval
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.stages.held_out import GoldFunction, sample_and_score
+from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.rollout import sequence_kl
 
@@ -22,6 +23,7 @@ def compare_with_reference(
     reward_fn: RewardFunction | None,
     gold: GoldFunction | None,
     num_samples: int,
+    limits: StageLimits,
     after_token: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(summary numbers, samples): win rates of the actor with intervals, scores, gold where there is one, KL, lengths.
@@ -37,6 +39,7 @@ def compare_with_reference(
             config,
             stream=(seed, "evaluation", role),
             reward_fn=reward_fn,
+            limits=limits,
             after_token=after_token,
         )
         for role in ("actor", "reference")

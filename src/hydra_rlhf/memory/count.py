@@ -7,26 +7,38 @@ from typing import Any
 from hydra_rlhf.model.roles import ROLES, TRAINABLE_ROLES, Role, RoleTable, adapters, passes, trunks
 
 FP32 = 4
-MOMENTS = 2 * FP32
-"""Adam's two moments, float32, per trained number."""
+PARTS = ("weights", "adapters", "gradients", "optimizer", "batch", "cache", "activations", "logits")
+"""What the bytes of a phase are made of, as the plan and the report name them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Some tensors of a base: a whole trunk, its LM head, a LoRA set or a scalar head."""
+
+    num_bytes: int
+    """What they take as weights."""
+    gradient_bytes: int
+    """What their gradients take."""
+    stepping_bytes: int
+    """What their gradients take while the optimizer steps: those of 16-bit tensors as float32."""
+    optimizer_bytes: int
+    """What an optimizer keeps of them: moments, step counts, and float32 masters of trained 16-bit tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseSizes:
-    """What one base model and one LoRA set on it come to."""
+    """What one base model, one LoRA set on it and one scalar head come to."""
 
-    num_parameters: int
-    """Numbers in the model, tied ones once."""
-    num_lm_head: int
-    """Numbers in an untied LM head, which trunks without an LM role do without; 0 where it is tied."""
-    num_lora: int
-    """Numbers in one LoRA set."""
-    num_scalar_head: int
-    """Numbers in one reward or value head."""
-    weight_bytes: int
-    """Bytes per number of the base: 4 for float32, 2 for bfloat16."""
-    lora_bytes: int
-    """Bytes per number of the LoRA sets."""
+    trunk: Part
+    """All weights of the model, tied ones once."""
+    lm_head: Part
+    """An untied LM head, which trunks without an LM role do without; zero where it is tied."""
+    lora: Part
+    """One LoRA set."""
+    scalar_head: Part
+    """One reward or value head."""
+    below_bytes: int = 0
+    """A LoRA set that stage 1 left under the others on each trunk (quantised bases)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,32 +57,47 @@ class MethodBytes:
 
 def count_method(table: RoleTable, sizes: BaseSizes) -> MethodBytes:
     """Bytes of one method on this base."""
-    trunk_bytes = sum(trunk_numbers(table, name, sizes) for name in trunks(table)) * sizes.weight_bytes
-    lora_bytes = len(adapters(table)) * sizes.num_lora * sizes.lora_bytes
+    trunk_bytes = sum(trunk_part(table, name, sizes).num_bytes for name in trunks(table))
+    lora_bytes = len(adapters(table)) * sizes.lora.num_bytes + len(trunks(table)) * sizes.below_bytes
     scalar_heads = {(role.trunk, role.head) for role in table.values() if role.head != "lm"}
-    head_bytes = len(scalar_heads) * sizes.num_scalar_head * FP32
-    gradients, optimizer = [0], 0
-    learning = {name: table[name] for name in TRAINABLE_ROLES if name in table}
-    for (trunk, adapter), roles in passes(learning).items():
-        body = sizes.num_lora if adapter is not None else trunk_numbers(table, trunk, sizes)
-        bytes_each = sizes.lora_bytes if adapter is not None else sizes.weight_bytes
-        head = sum(sizes.num_scalar_head for role in roles.values() if role.head != "lm")
-        gradients.append(body * bytes_each + head * FP32)
-        optimizer += (body + head) * MOMENTS + (body * FP32 if bytes_each < FP32 else 0)
+    head_bytes = len(scalar_heads) * sizes.scalar_head.num_bytes
+    trained = [trained_parts(table, train_pass, sizes) for train_pass in learning_passes(table)]
+    gradients = max((sum(part.gradient_bytes for part in parts) for parts in trained), default=0)
+    optimizer = sum(part.optimizer_bytes for parts in trained for part in parts)
     return MethodBytes(
         trunks=trunk_bytes,
         adapters=lora_bytes,
         heads=head_bytes,
-        gradients=max(gradients),
+        gradients=gradients,
         optimizer=optimizer,
-        total=trunk_bytes + lora_bytes + head_bytes + max(gradients) + optimizer,
+        total=trunk_bytes + lora_bytes + head_bytes + gradients + optimizer,
     )
 
 
-def trunk_numbers(table: RoleTable, trunk: str, sizes: BaseSizes) -> int:
-    """Numbers in one trunk of a method, without an LM head that none of its roles reads."""
-    reads_lm = any(role.trunk == trunk and role.head == "lm" for role in table.values())
-    return sizes.num_parameters - (0 if reads_lm else sizes.num_lm_head)
+def learning_passes(table: RoleTable) -> dict[tuple[str, str | None], dict[str, Role]]:
+    """The roles that learn, grouped by the trunk pass they share."""
+    return passes({name: table[name] for name in TRAINABLE_ROLES if name in table})
+
+
+def trained_parts(table: RoleTable, train_pass: tuple[str, str | None], sizes: BaseSizes) -> list[Part]:
+    """What one learning pass trains: its LoRA set or its whole trunk, and its scalar heads."""
+    trunk, adapter = train_pass
+    body = trunk_part(table, trunk, sizes) if adapter is None else sizes.lora
+    roles = learning_passes(table)[train_pass].values()
+    return [body, *(sizes.scalar_head for role in roles if role.head != "lm")]
+
+
+def trunk_part(table: RoleTable, trunk: str, sizes: BaseSizes) -> Part:
+    """One trunk of a method, without an LM head that none of its roles reads."""
+    if any(role.trunk == trunk and role.head == "lm" for role in table.values()):
+        return sizes.trunk
+    whole, head = sizes.trunk, sizes.lm_head
+    return Part(
+        num_bytes=whole.num_bytes - head.num_bytes,
+        gradient_bytes=whole.gradient_bytes - head.gradient_bytes,
+        stepping_bytes=whole.stepping_bytes - head.stepping_bytes,
+        optimizer_bytes=whole.optimizer_bytes - head.optimizer_bytes,
+    )
 
 
 def count_all(table: RoleTable, sizes: BaseSizes, *, dtype: str) -> dict[str, Any]:
@@ -86,11 +113,6 @@ def describe_role(name: str, role: Role, table: Mapping[str, Role], sizes: BaseS
     """Where a role lives and how many bytes it trains."""
     trained = 0
     if name in TRAINABLE_ROLES:
-        on_lora = role.adapter is not None
-        body = (
-            sizes.num_lora * sizes.lora_bytes
-            if on_lora
-            else trunk_numbers(table, role.trunk, sizes) * sizes.weight_bytes
-        )
-        trained = body + (0 if role.head == "lm" else sizes.num_scalar_head * FP32)
+        body = sizes.lora if role.adapter is not None else trunk_part(table, role.trunk, sizes)
+        trained = body.num_bytes + (0 if role.head == "lm" else sizes.scalar_head.num_bytes)
     return {"trunk": role.trunk, "adapter": role.adapter, "head": role.head, "bytes_trained": trained}

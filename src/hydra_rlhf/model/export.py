@@ -1,5 +1,6 @@
 """Formats others can load: PEFT adapter folders, transformers folders, reward models. Safetensors and JSON only."""
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -14,15 +15,29 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hydra_rlhf.errors import ModelError
 from hydra_rlhf.model.heads import ScalarHead
+from hydra_rlhf.model.lora import merge_into_linears, unwrap_linears
+from hydra_rlhf.model.quantized import QuantizedBase, QuantizedLinear, unpack_linears
 from hydra_rlhf.model.trunk import Trunk
 
 REWARD_HEAD_FILE = "reward_head.safetensors"
+ADAPTER_FOLDER = "adapter"
+"""In a stage-1 folder of a quantised base: what stage 1 trained, in PEFT's format."""
+STAGE1_ADAPTER = "stage1"
+"""Name of the LoRA set that stage 1 trains."""
 
 
 def save_stage1(folder: Path, trunk: Trunk, tokenizer: PreTrainedTokenizerBase, head: ScalarHead | None) -> None:
-    """Write a stage-1 result: a transformers folder, its tokenizer, and the reward head where the stage has one."""
+    """Write a stage-1 result: a transformers folder, its tokenizer, and the reward head where the stage has one.
+
+    Of a quantised base not the weights: what is below all adapters (`adapter/`), and which base that belongs on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    trunk.save(folder)
+    if trunk.quantized is None:
+        trunk.save(folder)
+    else:
+        for name in trunk.switch.below:
+            save_peft_adapter(trunk, name, folder / ADAPTER_FOLDER)
+        trunk.quantized.write(folder, adapter=ADAPTER_FOLDER if trunk.switch.below else None)
     tokenizer.save_pretrained(folder)
     if head is not None:
         save_scalar_head(head, folder / REWARD_HEAD_FILE)
@@ -51,6 +66,8 @@ def load_reward_head(path: str, *, revision: str | None = None, offline: bool = 
     file = Path(path) / REWARD_HEAD_FILE
     if file.is_file():
         return load_scalar_head(file)
+    if QuantizedBase.read(Path(path)) is not None:
+        return None  # an SFT model's adapter
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     options = {"revision": revision, "local_files_only": offline, "trust_remote_code": False}
@@ -84,29 +101,52 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def save_peft_adapter(trunk: Trunk, adapter: str, folder: Path) -> None:
-    """Write one LoRA set as a folder that `peft.PeftModel.from_pretrained` loads onto the same base."""
+    """Write one LoRA set, on top of what is below it, as a folder that `peft.PeftModel.from_pretrained` loads onto the
+    same base."""
     folder.mkdir(parents=True, exist_ok=True)
     prefix = trunk.model.base_model_prefix
+    stacked, rank, alpha = as_one_adapter(trunk, tuple(dict.fromkeys((*trunk.switch.below, adapter))))
     tensors = {
-        f"base_model.model.{prefix}.{name}.weight": tensor.detach().contiguous().cpu()
-        for name, tensor in trunk.adapter_parameters(adapter).items()
+        f"base_model.model.{prefix}.{name}.weight": tensor.contiguous().cpu() for name, tensor in stacked.items()
     }
-    first = next(iter(trunk.lora_linears.values()))
-    rank = first.lora_A[adapter].shape[0]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name(trunk),
         "r": rank,
-        "lora_alpha": first.scale[adapter] * rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(not isinstance(linear.linear, nn.Linear) for linear in trunk.lora_linears.values()),
+        "fan_in_fan_out": any(is_transposed(linear.linear) for linear in trunk.lora_linears.values()),
         "target_modules": sorted({path.rsplit(".", 1)[-1] for path in trunk.lora_linears}),
         "inference_mode": True,
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@torch.no_grad()
+def as_one_adapter(trunk: Trunk, names: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], int, float]:
+    """(tensors, rank, alpha) of one LoRA set that does what these do together.
+
+    s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2]. A single one is returned as it is.
+    """
+    first = next(iter(trunk.lora_linears.values()))
+    ranks = [len(first.lora_A[name]) for name in names]
+    if len(names) == 1:
+        tensors = {path: tensor.detach() for path, tensor in trunk.adapter_parameters(names[0]).items()}
+        return tensors, ranks[0], first.scale[names[0]] * ranks[0]
+    stacked: dict[str, torch.Tensor] = {}
+    for path, linear in trunk.lora_linears.items():
+        stacked[f"{path}.lora_A"] = torch.cat([linear.lora_A[name].float() for name in names])
+        stacked[f"{path}.lora_B"] = torch.cat([linear.scale[n] * linear.lora_B[n].float() for n in names], dim=1)
+    return stacked, sum(ranks), float(sum(ranks))
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether the plain form of a linear stores its weight as [in, out], as transformers' `Conv1D` does."""
+    kind = linear.kind if isinstance(linear, QuantizedLinear) else type(linear)
+    return not issubclass(kind, nn.Linear)
 
 
 def base_name(trunk: Trunk) -> str | None:
@@ -167,14 +207,22 @@ def copy_adapter(trunk: Trunk, adapter: str, tensors: Mapping[str, torch.Tensor]
 
 def save_merged(trunk: Trunk, adapter: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the policy as a plain transformers folder; the adapter is merged into a copy, not the shared base."""
-    import copy
-
-    merged = copy.deepcopy(trunk)
-    if adapter is not None:
-        merged.merge_adapter(adapter)
     folder.mkdir(parents=True, exist_ok=True)
-    merged.save(folder)
+    merged_copy(trunk, adapter).save(folder)
     tokenizer.save_pretrained(folder)
+
+
+def merged_copy(trunk: Trunk, adapter: str | None) -> Trunk:
+    """The model that a pass with `adapter` (None = LoRA off) runs, as plain weights in storage of its own."""
+    merged = copy.deepcopy(trunk)
+    unpack_linears(merged.model)
+    stack = dict.fromkeys((*trunk.switch.below, *(() if adapter is None else (adapter,))))
+    if stack:
+        merge_into_linears(merged.lora_linears, *stack)
+    unwrap_linears(merged.decoder, merged.lora_linears)
+    merged.lora_linears, merged.quantized, merged.switch.below = {}, None, ()
+    merged.model.requires_grad_(False)
+    return merged
 
 
 def save_reward_model(trunk: Trunk, head: ScalarHead, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -184,8 +232,6 @@ def save_reward_model(trunk: Trunk, head: ScalarHead, tokenizer: PreTrainedToken
     to config.json as `reward_bias`: `logits + reward_bias` is the score; differences are equal without it. Raises
     `ModelError` where the family has no sequence classifier.
     """
-    import copy
-
     from transformers import AutoModelForSequenceClassification
 
     config = copy.deepcopy(trunk.model.config)
@@ -196,7 +242,7 @@ def save_reward_model(trunk: Trunk, head: ScalarHead, tokenizer: PreTrainedToken
         model = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise ModelError(f"{type(trunk.model).__name__} has no sequence classifier in transformers: {error}") from error
-    plain = trunk.plain_copy()
+    plain = merged_copy(trunk, None)
     model.base_model.load_state_dict(plain.decoder.state_dict())
     with torch.no_grad():
         model.score.weight.copy_(head.weight[None])

@@ -15,7 +15,7 @@ from hydra_rlhf.errors import CheckpointError, ConfigError
 from hydra_rlhf.model.export import load_reward_head, save_peft_adapter
 from hydra_rlhf.model.heads import ScalarHead
 from hydra_rlhf.model.load import DTYPES, load_tokenizer, load_trunk
-from hydra_rlhf.model.logprobs import last_states, predicting_states, response_logprobs
+from hydra_rlhf.model.logprobs import LOGIT_TILE_BYTES, last_states, predicting_states, response_logprobs
 from hydra_rlhf.model.roles import (
     ROLES,
     TRAINABLE_ROLES,
@@ -48,15 +48,17 @@ class HydraModel(nn.Module):
         reward_heads: Mapping[str, ScalarHead] | None = None,
         lora: LoraConfig | None = None,
         seed: int = 0,
+        logit_tile_bytes: int = LOGIT_TILE_BYTES,
     ) -> None:
         """Put heads and adapters on trunks that are already in storage of their own.
 
         `reward_heads` holds trained reward heads by trunk; a missing one starts at random (seeded). The value head
-        starts as the reward head, and at zero where the table has no reward role.
+        starts as the reward head, and at zero where the table has no reward role. `logit_tile_bytes` bounds logits.
         """
         super().__init__()
         self.table = table
         self.tokenizer = tokenizer
+        self.logit_tile_bytes = logit_tile_bytes
         self.trunks = nn.ModuleDict({name: trunks_by_name[name] for name in trunks(table)})
         self.scalar_heads = nn.ModuleDict()
         self._add_scalar_heads(reward_heads or {}, seed)
@@ -105,6 +107,7 @@ class HydraModel(nn.Module):
         lora: LoraConfig,
         seed: int,
         trust_remote_code: bool = False,
+        logit_tile_bytes: int = LOGIT_TILE_BYTES,
     ) -> "HydraModel":
         """Load each stage-1 model of `folders` ({stage: folder or hub name}); one copy per trunk that starts as it."""
         loaded: dict[str, Trunk] = {}
@@ -122,11 +125,14 @@ class HydraModel(nn.Module):
                 heads[name] = head
         first = folders[stage1_source(table, trunks(table)[0])]
         tokenizer = load_tokenizer(first, model, trust_remote_code=trust_remote_code)
-        built = cls(table, by_trunk, tokenizer, reward_heads=heads, lora=lora, seed=seed)
-        if model.gradient_checkpointing:
-            for name in built.trunks:
-                built.trunk(name).enable_checkpointing()
-        return built
+        return cls(
+            table, by_trunk, tokenizer, reward_heads=heads, lora=lora, seed=seed, logit_tile_bytes=logit_tile_bytes
+        )
+
+    def enable_checkpointing(self, num_layers: int | None = None, *, offload: bool = False) -> None:
+        """Recompute the first `num_layers` layers of every trunk in backward (None = all); see `Trunk`."""
+        for name in self.trunks:
+            self.trunk(name).enable_checkpointing(num_layers, offload=offload)
 
     def trunk(self, name: str) -> Trunk:
         """The trunk of this name."""
@@ -177,7 +183,8 @@ class HydraModel(nn.Module):
         if role.head == "lm":
             mask = batch.response_mask if lm_mask is None else lm_mask
             head = self.trunk(role.trunk).lm_head
-            logprobs, entropy = response_logprobs(
+            in_tiles = partial(response_logprobs, tile_bytes=self.logit_tile_bytes)
+            logprobs, entropy = in_tiles(
                 head, hidden, batch, mask, temperature=temperature, entropy_gradient=entropy_gradient
             )
             return RoleOutput(logprobs=logprobs, entropy=entropy)

@@ -6,14 +6,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hydra_rlhf.config import ModelConfig
 from hydra_rlhf.errors import ModelError
+from hydra_rlhf.model import attention
+from hydra_rlhf.model.export import STAGE1_ADAPTER, load_peft_adapter
+from hydra_rlhf.model.lora import find_linears
 from hydra_rlhf.model.probe import check_trunk
+from hydra_rlhf.model.quantized import QuantizedBase, QuantizedLinear, can_pack
 from hydra_rlhf.model.trunk import Trunk, text_config
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,16 +69,46 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_trunk(path: str, config: ModelConfig, *, trust_remote_code: bool = False) -> Trunk:
-    """Load a causal LM from a hub name or a local folder, in `config.dtype`, with dropout off.
+    """Load a causal LM from a hub name or a local folder, in `config.dtype`, with dropout off and its linears packed as
+    `config.quantization` says. A folder that stage 1 left of a quantised base is that base with its adapter below.
 
     Only safetensors are read, and code from the model's repository runs only if the caller says so: a model's own
     files are never asked. Raises `ModelError` with the reason and the way out.
     """
+    left_by_stage1 = QuantizedBase.read(Path(path))
+    if left_by_stage1 is None:
+        return load_base(path, config, revision=pinned_revision(path, config), trust_remote_code=trust_remote_code)
+    base, adapter = left_by_stage1
+    refuse_other_packing(base, path, config)
+    revision = base.commit or base.revision
+    trunk = load_base(base.path, config, revision=revision, trust_remote_code=trust_remote_code)
+    trunk.quantized = base
+    if adapter is not None:
+        load_peft_adapter(trunk, STAGE1_ADAPTER, adapter)
+        trunk.keep_below(STAGE1_ADAPTER)
+    return trunk
+
+
+def refuse_other_packing(base: QuantizedBase, folder: str, config: ModelConfig) -> None:
+    """Raise `ModelError` where an adapter was trained on weights other than these settings make."""
+    for setting, then, now in (
+        ("quantization", base.quantization, config.quantization),
+        ("dtype", base.dtype, config.dtype),
+    ):
+        if then != now:
+            raise ModelError(
+                f"model.{setting}={now}, but {folder} holds an adapter that was trained on {base.path} with "
+                f"model.{setting}={then}; use that, or another start"
+            )
+
+
+def load_base(path: str, config: ModelConfig, *, revision: str | None, trust_remote_code: bool) -> Trunk:
+    """The model of a hub name or a local folder, without any adapter. Raises `ModelError`."""
     local = Path(path)
     if local.is_dir() and not any(local.glob("*.safetensors")):
         raise ModelError(f"{path} holds no .safetensors file; other weight formats are not read, convert it first")
     options = {
-        "revision": pinned_revision(path, config),
+        "revision": revision,
         "local_files_only": config.offline,
         "trust_remote_code": trust_remote_code,
     }
@@ -87,10 +127,34 @@ def load_trunk(path: str, config: ModelConfig, *, trust_remote_code: bool = Fals
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"model.path={path!r} cannot be loaded as a causal LM: {first_line(error)}") from error
     model, report = loaded
-    trunk = Trunk(model.to(pick_device(config.device)))
+    trunk, device = Trunk(model), pick_device(config.device)
     refuse_missing(trunk, set(report["missing_keys"]), path)
+    if config.quantization != "none":
+        trunk.quantized = QuantizedBase(
+            path=str(local.resolve()) if local.is_dir() else path,
+            revision=revision,
+            commit=getattr(model.config, "_commit_hash", None),
+            quantization=config.quantization,
+            dtype=config.dtype,
+        )
+        quantize_linears(trunk, config.quantization, device=device)
+    trunk.to(device)
     check_trunk(trunk, path)
     return trunk
+
+
+def quantize_linears(trunk: Trunk, format: str, *, device: torch.device | None = None) -> None:
+    """Pack the decoder's linears in place, one after the other, each on `device` (None = where it is).
+
+    Embeddings, norms and heads stay what and where they are; at most one matrix exists twice.
+    """
+    for path in list(find_linears(trunk.decoder, ("all-linear",))):  # a list of names keeps no linear alive
+        linear = trunk.decoder.get_submodule(path)
+        if not can_pack(linear):
+            continue
+        if device is not None:
+            linear.to(device)
+        trunk.decoder.set_submodule(path, QuantizedLinear.from_linear(linear, format))
 
 
 def refuse_missing(trunk: Trunk, missing: set[str], path: str) -> None:
@@ -130,6 +194,7 @@ def scratch_trunk(shape: str, tokenizer: PreTrainedTokenizerBase, config: ModelC
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(llama)
+    model.set_attn_implementation(attention.NAME)
     model = to_dtype(model, DTYPES[config.dtype])
     return Trunk(model.to(pick_device(config.device)))  # pyright: ignore[reportArgumentType]
 
@@ -163,8 +228,13 @@ def without_dropout(config: PretrainedConfig) -> None:
 
 
 def attention_implementation(config: PretrainedConfig) -> str | None:
-    """Eager attention where the family caps attention logits, which fused kernels ignore; else transformers' choice."""
-    return "eager" if getattr(text_config(config), "attn_logit_softcapping", None) else None
+    """Our fused attention where the family takes one from outside, eager where it caps attention logits (fused kernels
+    ignore that), else transformers' choice."""
+    if getattr(text_config(config), "attn_logit_softcapping", None):
+        return "eager"
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    takes_ours = getattr(family, "_supports_sdpa", False) and getattr(family, "_supports_attention_backend", False)
+    return attention.NAME if takes_ours else None
 
 
 def first_line(error: Exception) -> str:

@@ -7,13 +7,13 @@ before it.
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from hydra_rlhf.model.heads import LMHead
+from hydra_rlhf.model.tiled_logprobs import tiled_logprobs
 from hydra_rlhf.records import TokenBatch
 
 LOGIT_TILE_BYTES = 32 * 2**20
-"""Float32 logits live at once per tile; above it, tiles are recomputed in backward instead of kept."""
+"""The largest tensor of logits, in float32 bytes; more of them are made in tiles, and again in backward."""
 
 
 def predicting_states(hidden: Float[Tensor, "b s h"], batch: TokenBatch) -> Float[Tensor, "b r h"]:
@@ -40,7 +40,7 @@ def response_logprobs(
 ) -> tuple[Float[Tensor, "b r"], Float[Tensor, "b r"]]:
     """Log-prob and entropy (nats) of the response tokens in `mask` at `temperature`; 0 elsewhere.
 
-    Only these positions meet the head, `tile_bytes` of float32 logits at a time. Statistics are float32.
+    Only these positions meet the head, in tiles of `tile_bytes` of float32 logits. Statistics are float32.
     """
     states = predicting_states(hidden, batch)[mask]
     targets = batch.tokens[:, batch.num_prompt_columns :][mask]
@@ -59,32 +59,30 @@ def token_logprobs(
     entropy_gradient: bool = False,
     tile_bytes: int = LOGIT_TILE_BYTES,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Log-prob of each target and entropy of each distribution, tile by tile over tokens.
+    """Log-prob of each target and entropy of each distribution.
 
-    The entropy is a metric and keeps no graph, unless `entropy_gradient` asks for it.
+    The entropy is a metric and keeps no graph, unless `entropy_gradient` asks for it. Where the logits are few they are
+    simply kept; else, and in half precision always, they live in tiles. So the numbers of a half-precision head do not
+    depend on how many tokens there are: tiles are not rounded to its dtype, plain logits would be.
     """
-    rows = max(1, tile_bytes // (4 * head.weight.shape[0]))
-    if len(targets) <= rows:
-        return _tile(head, states, targets, temperature, entropy_gradient)
-    tiles = [
-        checkpoint(
-            _tile, head, states[i : i + rows], targets[i : i + rows], temperature, entropy_gradient, use_reentrant=False
-        )
-        if torch.is_grad_enabled()
-        else _tile(head, states[i : i + rows], targets[i : i + rows], temperature, entropy_gradient)
-        for i in range(0, len(targets), rows)
-    ]
-    logprobs, entropy = zip(*tiles, strict=True)  # pyright: ignore[reportArgumentType]
-    return torch.cat(logprobs), torch.cat(entropy)
+    num_bytes = 4 * len(targets) * len(head.weight)
+    fits = num_bytes <= tile_bytes and head.weight.dtype in (torch.float32, torch.float64)
+    if fits:
+        return direct_logprobs(head, states, targets, temperature=temperature, entropy_gradient=entropy_gradient)
+    return tiled_logprobs(
+        head, states, targets, temperature=temperature, entropy_gradient=entropy_gradient, tile_bytes=tile_bytes
+    )
 
 
-def _tile(
+def direct_logprobs(
     head: LMHead,
     states: Float[Tensor, "n h"],
     targets: Int[Tensor, " n"],
+    *,
     temperature: float,
     entropy_gradient: bool,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """The same with all logits at once and kept for backward: what `tiled_logprobs` is held against."""
     logits = head.logits(states)
     if temperature != 1.0:
         logits = logits / temperature

@@ -1,48 +1,94 @@
 """LoRA linears with several named adapters (Hu et al. 2021), chosen by an explicit value that forward captures.
 
-The adapter in use is read once, when a linear runs forward; autograd then holds that adapter's tensors, so a backward
-pass gives the right gradients whatever is active by then. Recomputation under activation checkpointing re-enters the
-captured adapter through `recompute_contexts`. There is no way to switch an adapter on and leave it on.
+The adapters in use are read once, when a linear runs forward; autograd then holds their tensors, so a backward pass
+gives the right gradients whatever is in use by then. Recomputation under activation checkpointing re-enters the
+captured stack through `recompute_contexts`. There is no way to switch an adapter on and leave it on.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hydra_rlhf.errors import ConfigError
+from hydra_rlhf.model.fused import LoraDown, LoraUp
+from hydra_rlhf.model.quantized import QuantizedLinear
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Sibling linears that decoders call on one tensor; a pair of names that is called on two costs a product, no more."""
 
 
 class AdapterSwitch:
-    """Which adapter the LoRA linears of one trunk use when they run forward; shared by all of them."""
+    """Which adapters the LoRA linears of one trunk add when they run forward; shared by all of them."""
 
     def __init__(self) -> None:
-        self.active: str | None = None
+        self.below: tuple[str, ...] = ()
+        """Adapters that stage 1 left on a base it could not write to: part of "LoRA off", under every other."""
+        self.stack: tuple[str, ...] = ()
+        """The adapters in use now; empty outside `use`."""
+        self.waiting: set[SharedInput] = set()
+        """Shared inputs that some of their linears have not asked for yet."""
 
     @contextmanager
     def use(self, adapter: str | None) -> Iterator[None]:
-        """Make `adapter` (None = LoRA off) the active one inside the block; restored on exit, error or not."""
-        before, self.active = self.active, adapter
+        """Put `adapter` (None = LoRA off) on the stack inside the block; restored on exit, error or not."""
+        with self._use((*self.below, adapter) if adapter is not None and adapter not in self.below else self.below):
+            yield
+
+    @contextmanager
+    def _use(self, stack: tuple[str, ...]) -> Iterator[None]:
+        before, self.stack = self.stack, stack
         try:
             yield
         finally:
-            self.active = before
+            self.stack = before
+            for shared in tuple(self.waiting):  # a recomputation that stopped early, or an error
+                shared.forget(self)
 
     def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """`context_fn` of `torch.utils.checkpoint`: recompute with the adapter that is active now, in forward."""
-        return nullcontext(), self.use(self.active)
+        """`context_fn` of `torch.utils.checkpoint`: recompute with the adapters that are in use now, in forward."""
+        return nullcontext(), self._use(self.stack)
+
+
+class SharedInput:
+    """LoRA linears that read one input (q, k, v; gate, up): their A run as one product, and the input is kept once."""
+
+    def __init__(self) -> None:
+        self.members: list[LoraLinear] = []
+        self._parts: dict[int, tuple[Tensor, ...]] = {}
+        self._x: Tensor | None = None
+        self._stack: tuple[str, ...] = ()
+
+    def down(self, member: "LoraLinear", x: Float[Tensor, "*n i"]) -> tuple[Float[Tensor, "*n r"], ...]:
+        """A x of one member, one per adapter in use; the others' are computed along and wait for their call."""
+        stack = member.switch.stack
+        if self._x is not x or self._stack != stack or id(member) not in self._parts:
+            flat = LoraDown.apply(x, *(linear.lora_A[name] for linear in self.members for name in stack))
+            n = len(stack)
+            self._parts = {id(m): flat[i * n : (i + 1) * n] for i, m in enumerate(self.members)}
+            self._x, self._stack = x, stack
+            member.switch.waiting.add(self)
+        parts = self._parts.pop(id(member))
+        if not self._parts:
+            self.forget(member.switch)
+        return parts
+
+    def forget(self, switch: AdapterSwitch) -> None:
+        """Let go of the input and of what is left of its products."""
+        self._x, self._parts = None, {}
+        switch.waiting.discard(self)
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear y = W x + b with named low-rank updates: y + (alpha / rank) * B A x for the active adapter.
+    """A frozen linear y = W x + b with named low-rank updates: y + (alpha / rank) B A x of each adapter in use.
 
-    With no adapter active the frozen linear's output is returned untouched, bit for bit.
+    With none in use the frozen linear's output is returned untouched, bit for bit. The adapters are kept in their own
+    dtype and compute in that of x.
     """
 
-    def __init__(self, linear: nn.Module, switch: AdapterSwitch) -> None:
+    def __init__(self, linear: nn.Module, switch: AdapterSwitch, shared: SharedInput | None = None) -> None:
         super().__init__()
         self.linear = linear
         self.switch = switch
@@ -51,6 +97,8 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.ParameterDict()
         """Per adapter: B of shape [out_features, rank]."""
         self.scale: dict[str, float] = {}
+        self.shared = shared or SharedInput()
+        self.shared.members.append(self)
 
     @property
     def weight(self) -> Tensor:
@@ -63,8 +111,11 @@ class LoraLinear(nn.Module):
         """Add a zero update: A uniform as Kaiming et al. (a = sqrt 5) from `generator`, B zero."""
         in_features, out_features = linear_features(self.linear)
         bound = in_features**-0.5
-        A = torch.empty(rank, in_features, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-        device = self.weight.device
+        device = next(iter(self.linear.state_dict().values())).device
+        if device.type == "meta":
+            A = torch.empty(rank, in_features, device=device)
+        else:
+            A = torch.empty(rank, in_features, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         self.lora_A[name] = nn.Parameter(A.to(device=device, dtype=dtype))
         self.lora_B[name] = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
         self.scale[name] = alpha / rank
@@ -73,15 +124,17 @@ class LoraLinear(nn.Module):
         """Forget one adapter."""
         del self.lora_A[name], self.lora_B[name], self.scale[name]
 
+    def updates(self) -> tuple[list[nn.Parameter], list[nn.Parameter], tuple[float, ...]]:
+        """A, B and scale of each adapter in use, from the bottom of the stack up."""
+        stack = self.switch.stack
+        return [self.lora_A[n] for n in stack], [self.lora_B[n] for n in stack], tuple(self.scale[n] for n in stack)
+
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        """[*n, in_features] -> [*n, out_features] with the adapter that is active now."""
-        y = self.linear(x)
-        adapter = self.switch.active
-        if adapter is None:
-            return y
-        A, B = self.lora_A[adapter], self.lora_B[adapter]
-        update = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
-        return y + self.scale[adapter] * update
+        """[*n, in_features] -> [*n, out_features] with the adapters in use now."""
+        if not self.switch.stack:
+            return self.linear(x)
+        _, Bs, scales = self.updates()
+        return LoraUp.apply(x, self.linear, scales, *self.shared.down(self, x), *Bs)
 
     def extra_repr(self) -> str:
         """The adapters' names, for `print(model)`."""
@@ -89,8 +142,8 @@ class LoraLinear(nn.Module):
 
 
 def linear_features(linear: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of an `nn.Linear` or a transformers `Conv1D`, whose weight is stored transposed."""
-    if isinstance(linear, nn.Linear):
+    """(in_features, out_features) of any of the three kinds; a transformers `Conv1D` stores its weight transposed."""
+    if isinstance(linear, nn.Linear | QuantizedLinear):
         return linear.in_features, linear.out_features
     weight: Tensor = linear.weight  # pyright: ignore[reportAssignmentType]
     in_features, out_features = weight.shape
@@ -98,17 +151,18 @@ def linear_features(linear: nn.Module) -> tuple[int, int]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for the two kinds of linear that decoders of transformers are made of."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """True for the two kinds of linear that decoders of transformers are made of, and for the packed form of both."""
+    return isinstance(module, nn.Linear | QuantizedLinear) or type(module).__name__ == "Conv1D"
 
 
 def find_linears(decoder: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The targeted linears of a decoder as {path: linear}.
+    """The targeted linears of a decoder as {path: linear}, those inside LoRA linears under the LoRA linears' paths.
 
     `targets` is `("all-linear",)` or the last name(s) of the modules to adapt. Raises `ConfigError` for a target that
     matches nothing.
     """
-    found = {path: module for path, module in decoder.named_modules() if is_linear(module)}
+    outer = {id(module.linear): path for path, module in decoder.named_modules() if isinstance(module, LoraLinear)}
+    found = {outer.get(id(module), path): module for path, module in decoder.named_modules() if is_linear(module)}
     if not found:
         raise ConfigError(f"lora.targets={list(targets)}: this model has no linear layers that can be found")
     if targets == ("all-linear",):
@@ -123,9 +177,11 @@ def find_linears(decoder: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.M
 def wrap_linears(decoder: nn.Module, switch: AdapterSwitch, targets: tuple[str, ...]) -> dict[str, LoraLinear]:
     """Replace the targeted linears of `decoder` in place by LoRA linears, as {path: linear}. Weights are untouched."""
     wrapped: dict[str, LoraLinear] = {}
+    shared: dict[tuple[str, tuple[str, ...]], SharedInput] = {}
     for path, module in find_linears(decoder, targets).items():
         parent, _, name = path.rpartition(".")
-        wrapped[path] = LoraLinear(module, switch)
+        siblings = next((names for names in SHARED_INPUTS if name in names), (name,))
+        wrapped[path] = LoraLinear(module, switch, shared.setdefault((parent, siblings), SharedInput()))
         setattr(decoder.get_submodule(parent), name, wrapped[path])
     return wrapped
 
@@ -138,17 +194,18 @@ def unwrap_linears(decoder: nn.Module, wrapped: Mapping[str, LoraLinear]) -> Non
 
 
 @torch.no_grad()
-def merge_into_linears(wrapped: Mapping[str, LoraLinear], adapter: str) -> None:
-    """Add one adapter's update to the weights, once, computed in float32 and rounded to the weight's dtype.
+def merge_into_linears(wrapped: Mapping[str, LoraLinear], *adapters: str) -> None:
+    """Add the adapters' updates to the weights, once, computed in float32 and rounded to the weight's dtype.
 
     Only for a base that becomes a new base (stage 1) or for a copy that is exported, never for the shared base of
     stage 2: in bf16 the rounding cannot be undone.
     """
     for lora_linear in wrapped.values():
-        update = lora_linear.scale[adapter] * (
-            lora_linear.lora_B[adapter].float() @ lora_linear.lora_A[adapter].float()
-        )
-        if not isinstance(lora_linear.linear, nn.Linear):
-            update = update.T
+        assert not isinstance(lora_linear.linear, QuantizedLinear), "packed weights are never written"
         weight = lora_linear.weight
-        weight.copy_(weight.float() + update)
+        merged = weight.float()
+        for adapter in adapters:
+            A, B = lora_linear.lora_A[adapter].float(), lora_linear.lora_B[adapter].float()
+            update = lora_linear.scale[adapter] * (B @ A)
+            merged = merged + (update if isinstance(lora_linear.linear, nn.Linear) else update.T)
+        weight.copy_(merged)

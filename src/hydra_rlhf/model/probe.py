@@ -36,7 +36,8 @@ def check_trunk(trunk: Trunk, path: str) -> None:
             "gives other states with a key/value cache": (step, states[:, 5:]),
         }
         if not isinstance(trunk.model.get_output_embeddings(), nn.Identity):
-            logits = trunk.model(input_ids=ids).logits
+            with trunk.switch.use(None):
+                logits = trunk.model(input_ids=ids).logits
             answers["does more to its logits than its head"] = (trunk.lm_head.logits(states[0])[None], logits)
     except Exception as error:
         raise ModelError(

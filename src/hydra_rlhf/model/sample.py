@@ -10,14 +10,18 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from hydra_rlhf.config import SamplingConfig
 from hydra_rlhf.errors import NonFiniteError
+from hydra_rlhf.model.cache import PreallocatedCache
+from hydra_rlhf.model.heads import LMHead
+from hydra_rlhf.model.logprobs import LOGIT_TILE_BYTES
 from hydra_rlhf.model.trunk import Trunk
 
 COMPACT_BELOW = 0.75
 """Finished rows leave the batch when fewer than this share of its rows still run."""
+DRAW_BYTES = 16
+"""Bytes per logit of the two float64 copies that live at once while tokens are drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +48,11 @@ def sample_tokens(
     stop_ids: tuple[int, ...],
     pad_id: int,
     after_token: Callable[[], None] = lambda: None,
+    tile_bytes: int = LOGIT_TILE_BYTES,
 ) -> SampledTokens:
     """Sample one response per row of left-padded prompts, at most n = `uniforms.shape[1]` tokens each.
 
-    `after_token` is called between decode steps and may raise to stop.
+    `after_token` is called between decode steps and may raise to stop. Logits live in tiles of `tile_bytes`.
     """
     num_rows, limit = uniforms.shape
     stops = torch.tensor(stop_ids, device=prompts.device)
@@ -55,14 +60,13 @@ def sample_tokens(
     mask = torch.zeros((num_rows, limit), dtype=torch.bool, device=prompts.device)
     ended = torch.zeros(num_rows, dtype=torch.bool, device=prompts.device)
     rows = torch.arange(num_rows, device=prompts.device)
-    cache, attention = DynamicCache(), prompt_mask
-    hidden = trunk.hidden_states(prompts, attention, adapter=adapter, cache=cache)
+    cache, attention = PreallocatedCache(prompts.shape[1] + limit), prompt_mask
+    # Cloned, so that of the prompts' states only the last ones stay: the others are read by nobody.
+    states = trunk.hidden_states(prompts, attention, adapter=adapter, cache=cache)[:, -1].clone()
     head = trunk.lm_head
     for t in range(limit):
-        logits = head.logits(hidden[:, -1])
-        if t + 1 < config.min_response_tokens:
-            logits[:, stops] = -torch.inf
-        drawn = draw(logits, uniforms[rows, t], config)
+        forbidden = stops if t + 1 < config.min_response_tokens else stops[:0]
+        drawn = draw_in_tiles(head, states, uniforms[rows, t], config, forbidden=forbidden, tile_bytes=tile_bytes)
         running = ~ended[rows]
         mask[rows, t] = running
         tokens[rows, t] = torch.where(running, drawn, pad_id)
@@ -78,15 +82,35 @@ def sample_tokens(
         # Rows that have ended but still share the batch go on decoding; what they draw is not kept.
         mask_column = torch.ones_like(attention[:, :1])
         attention = torch.cat([attention, mask_column], dim=1)
-        hidden = trunk.hidden_states(drawn[:, None], attention, adapter=adapter, cache=cache)
+        states = trunk.hidden_states(drawn[:, None], attention, adapter=adapter, cache=cache)[:, -1]
     width = int(mask.sum(dim=1).max())
     return SampledTokens(tokens=tokens[:, :width], mask=mask[:, :width], ended=ended)
 
 
+def draw_in_tiles(
+    head: LMHead,
+    states: Float[Tensor, "b h"],
+    uniforms: Float[Tensor, " b"],
+    config: SamplingConfig,
+    *,
+    forbidden: Int[Tensor, " k"],
+    tile_bytes: int,
+) -> Int[Tensor, " b"]:
+    """One token per row, none of the `forbidden` ids; logits of so many rows at a time that a tile holds their draw."""
+    size = max(1, tile_bytes // (DRAW_BYTES * len(head.weight)))
+    tiles: list[Tensor] = []
+    for start in range(0, len(states), size):
+        logits = head.logits(states[start : start + size])
+        logits[:, forbidden] = -torch.inf
+        tiles.append(draw(logits, uniforms[start : start + size], config))
+    return torch.cat(tiles)
+
+
 def draw(logits: Float[Tensor, "b v"], uniforms: Float[Tensor, " b"], config: SamplingConfig) -> Int[Tensor, " b"]:
     """One token per row by inverting the cumulative distribution at the row's uniform number."""
-    logits = restrict(logits / config.temperature, config)
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    if config.temperature != 1.0:
+        logits = logits / config.temperature
+    cumulative = restrict(logits, config).double().softmax(dim=-1).cumsum_(dim=-1)
     if not bool(cumulative[:, -1].isfinite().all()):
         raise NonFiniteError("the model's logits are not finite, so nothing can be sampled; its weights are damaged")
     at = uniforms.double()[:, None] * cumulative[:, -1:]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PretrainedConfig
@@ -17,7 +19,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from hydra_rlhf.errors import ModelError
+from hydra_rlhf.errors import ConfigError, ModelError
+from hydra_rlhf.model.fuse import fuse_layers
 from hydra_rlhf.model.heads import LMHead
 from hydra_rlhf.model.lora import (
     AdapterSwitch,
@@ -28,6 +31,7 @@ from hydra_rlhf.model.lora import (
     unwrap_linears,
     wrap_linears,
 )
+from hydra_rlhf.model.quantized import QuantizedBase, QuantizedLinear
 
 transformers_logging.disable_progress_bar()  # its bars for loading and saving would break those of the stages
 
@@ -44,8 +48,11 @@ class Trunk(nn.Module):
         self.switch = AdapterSwitch()
         self.lora_linears: dict[str, LoraLinear] = {}
         """LoRA linears by their path in the decoder; empty before the first adapter."""
+        self.quantized: QuantizedBase | None = None
+        """What the decoder's packed linears were made from; None where its weights are plain."""
         self.model.requires_grad_(False)
         self.model.eval()
+        fuse_layers(self.decoder)
 
     @property
     def decoder(self) -> nn.Module:
@@ -68,6 +75,11 @@ class Trunk(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportReturnType]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding and the hidden states."""
+        return self.model.get_input_embeddings().weight.dtype  # pyright: ignore[reportReturnType]
 
     @property
     def lm_head(self) -> LMHead:
@@ -118,9 +130,18 @@ class Trunk(nn.Module):
         dtype: torch.dtype,
         seed_of: Callable[[str], int],
     ) -> None:
-        """Add a LoRA set that changes nothing yet; `seed_of(path)` seeds each linear's A."""
+        """Add a LoRA set that changes nothing yet; `seed_of(path)` seeds each linear's A.
+
+        All sets are on the same linears. Raises `ConfigError` for targets that the set below would not fit.
+        """
         if not self.lora_linears:
             self.lora_linears = wrap_linears(self.decoder, self.switch, targets)
+        elif self.switch.below and find_linears(self.decoder, targets).keys() != self.lora_linears.keys():
+            names = sorted({path.rsplit(".", 1)[-1] for path in self.lora_linears})
+            raise ConfigError(
+                f"lora.targets={list(targets)}: the LoRA set that stage 1 left on this quantised base is on other "
+                f"linears; use lora.targets=[{', '.join(names)}]"
+            )
         for path, linear in self.lora_linears.items():
             generator = torch.Generator().manual_seed(seed_of(path))
             linear.add_adapter(name, rank=rank, alpha=alpha, dtype=dtype, generator=generator)
@@ -140,6 +161,7 @@ class Trunk(nn.Module):
 
     def merge_adapter(self, name: str) -> None:
         """Turn `name` into part of the weights, once: a new base. Other adapters stay, on top of it."""
+        assert self.quantized is None, "packed weights are never written; keep the adapter below instead"
         merge_into_linears(self.lora_linears, name)
         for linear in self.lora_linears.values():
             linear.drop_adapter(name)
@@ -148,17 +170,47 @@ class Trunk(nn.Module):
             self.lora_linears = {}
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
-        """The model's own tensors by their plain transformers names, adapters left out; tied ones once."""
+        """The model's own parameters by their plain transformers names, adapters left out; tied ones once.
+
+        Packed linears have none but their bias: see `base_tensors`.
+        """
         return {
             self._plain_name(name): parameter
             for name, parameter in self.model.named_parameters()
             if not is_adapter(name)
         }
 
-    def enable_checkpointing(self) -> None:
-        """Recompute each layer in backward, with the adapter that its forward captured."""
-        for layer in self.layers():
+    def base_tensors(self) -> dict[str, Tensor]:
+        """`base_parameters` and the buffers of packed linears: all that the base holds."""
+        packed = {
+            self._plain_name(f"{path}.{name}"): buffer
+            for path, linear in self.model.named_modules()
+            if isinstance(linear, QuantizedLinear)
+            for name, buffer in linear.named_buffers()
+        }
+        return {**self.base_parameters(), **packed}
+
+    def adopt_adapter(self, name: str) -> None:
+        """Make `name` part of "LoRA off": merged into plain weights, kept below all others on packed ones."""
+        if self.quantized is None:
+            self.merge_adapter(name)
+        elif name not in self.switch.below:
+            self.keep_below(name)
+
+    def keep_below(self, name: str) -> None:
+        """Make `name` part of "LoRA off": it stays under every other adapter and learns no more."""
+        self.switch.below = (*self.switch.below, name)
+        for parameter in self.adapter_parameters(name).values():
+            parameter.requires_grad_(False)
+
+    def enable_checkpointing(self, num_layers: int | None = None, *, offload: bool = False) -> None:
+        """Recompute the first `num_layers` layers (None = all) in backward, with the adapters their forward captured.
+
+        With `offload` what a recomputed layer keeps, its input, waits in pinned host memory.
+        """
+        for layer in self.layers()[:num_layers]:
             layer.adapter_switch = self.switch  # pyright: ignore[reportArgumentType]
+            layer.offload = offload  # pyright: ignore[reportArgumentType]
             layer.forward = MethodType(checkpointed_forward, layer)
 
     def layers(self) -> list[nn.Module]:
@@ -167,9 +219,7 @@ class Trunk(nn.Module):
         for module in self.decoder.modules():
             if isinstance(module, nn.ModuleList) and len(module) == num_layers:
                 return list(module)
-        raise ModelError(
-            f"{type(self.model).__name__}: no list of {num_layers} layers; use model.gradient_checkpointing=false"
-        )
+        raise ModelError(f"{type(self.model).__name__}: no list of {num_layers} layers; use memory.checkpointing=none")
 
     def drop_lm_head(self) -> None:
         """Free an untied head that no role of this trunk reads."""
@@ -178,15 +228,20 @@ class Trunk(nn.Module):
             self.model.set_output_embeddings(nn.Identity())  # pyright: ignore[reportArgumentType]
 
     def plain_copy(self) -> "Trunk":
-        """A deep copy in storage of its own, without adapters."""
+        """A deep copy in storage of its own, without adapters but those that are part of "LoRA off"."""
         duplicate = copy.deepcopy(self)
-        unwrap_linears(duplicate.decoder, duplicate.lora_linears)
-        duplicate.lora_linears = {}
+        for linear in duplicate.lora_linears.values():
+            for name in linear.scale.keys() - set(self.switch.below):
+                linear.drop_adapter(name)
+        if not self.switch.below:
+            unwrap_linears(duplicate.decoder, duplicate.lora_linears)
+            duplicate.lora_linears = {}
         duplicate.model.requires_grad_(False)
         return duplicate
 
     def save(self, folder: Path) -> None:
         """Write a plain transformers folder (safetensors) that `AutoModelForCausalLM` loads; adapters are left out."""
+        assert self.quantized is None, "packed weights are not written; save a merged copy, or the adapter"
         state = {
             self._plain_name(name): tensor for name, tensor in self.model.state_dict().items() if not is_adapter(name)
         }
@@ -211,7 +266,8 @@ def checkpointed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(self, *args, **kwargs)
     switch: AdapterSwitch = self.adapter_switch  # pyright: ignore[reportAssignmentType]
     contexts = switch.recompute_contexts
-    return checkpoint(partial(forward, self), *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    with save_on_cpu(pin_memory=True) if self.offload else nullcontext():
+        return checkpoint(partial(forward, self), *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("hydra-rlhf", "torch", "transformers", "datasets", "safetensors")
+PACKAGES = ("hydra-rlhf", "torch", "transformers", "datasets", "safetensors", "bitsandbytes")
 
 SECRETS = (
     (re.compile(r"(?<=://)[^/\s@]+(?=@)"), "***"),  # user:password@ of an address
@@ -49,7 +49,7 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return None  # run from a source tree that was not installed
+        return None  # an extra nobody asked for, or a source tree that was not installed
 
 
 def _hardware() -> dict[str, Any]:

@@ -3,10 +3,12 @@
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+
+from hydra_rlhf.runtime.tensor_bytes import TensorBytes
 
 PROCESS_STATUS = Path("/proc/self/status")
 
@@ -44,6 +46,7 @@ METRIC_OF = {
     "cuda_allocated_bytes": "memory/cuda_allocated_bytes",
     "cuda_peak_allocated_bytes": "memory/cuda_peak_allocated_bytes",
     "cuda_peak_reserved_bytes": "memory/cuda_peak_reserved_bytes",
+    "peak_tensor_bytes": "memory/peak_tensor_bytes",
 }
 
 
@@ -54,10 +57,12 @@ class PhaseMemory:
     its ends: exact for a phase that raised it, an upper bound for a phase that comes after a larger one; it is never
     reset, so that outside measurements of the process stay right). Once CUDA is in use also
     `cuda_peak_allocated_bytes` and `cuda_peak_reserved_bytes` over all devices, exact for every phase, because the
-    allocator's peaks are reset at its start.
+    allocator's peaks are reset at its start. With `track_tensors` also `peak_tensor_bytes`, the exact bytes of all
+    tensors on the device at the worst moment of the phase; every operation is watched for it, which takes time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, track_tensors: bool = False) -> None:
+        self._track_tensors = track_tensors
         self._phases: dict[str, dict[str, int]] = {}
         self._current: str | None = None
 
@@ -68,12 +73,17 @@ class PhaseMemory:
         self._current = name
         for device in _cuda_devices():
             torch.cuda.reset_peak_memory_stats(device)
+        watch = TensorBytes("cuda" if _cuda_devices() else "cpu") if self._track_tensors else None
         try:
-            yield
+            if watch is not None:
+                watch.hold_existing()
+            with watch or nullcontext():
+                yield
         finally:
             self._current = None
             seen = self._phases.setdefault(name, {})
-            for key, count in _measure().items():
+            tensors = {} if watch is None else {"peak_tensor_bytes": watch.peak}
+            for key, count in (_measure() | tensors).items():
                 seen[key] = max(count, seen.get(key, 0))
 
     def as_dict(self) -> dict[str, dict[str, int]]:
@@ -83,9 +93,10 @@ class PhaseMemory:
     def metrics(self) -> dict[str, float]:
         """The `memory/*` metrics of this moment; the CUDA peaks are the highest of all phases so far."""
         numbers = _measure()
-        for key in numbers:
-            if key.startswith("cuda_"):
-                numbers[key] = max([numbers[key], *(seen.get(key, 0) for seen in self._phases.values())])
+        for key in METRIC_OF:
+            highest = [seen[key] for seen in self._phases.values() if key in seen]
+            if highest and not key.endswith("rss_bytes"):
+                numbers[key] = max([numbers.get(key, 0), *highest])
         if devices := _cuda_devices():
             numbers["cuda_allocated_bytes"] = sum(torch.cuda.memory_allocated(device) for device in devices)
         return {METRIC_OF[key]: float(count) for key, count in numbers.items()}

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from hydra_rlhf.errors import CheckpointError
+from hydra_rlhf.runtime.adam8bit import AdamW8bit, zero_moments
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -70,9 +72,11 @@ class Optimizer:
         weight_decay: float,
         max_grad_norm: float,
         factor: Callable[[int], float],
+        kind: Literal["adamw", "adamw-8bit"] = "adamw",
     ) -> None:
         """`weight_decay` is decoupled; `max_grad_norm` bounds the norm over all groups of a step together; `factor`
-        maps the number of applied steps so far to a share of the peak rates (see `learning_rate_factor`)."""
+        maps the number of applied steps so far to a share of the peak rates (see `learning_rate_factor`); `kind` says
+        how moments are kept. Raises `ConfigError` where `kind` needs a package that is not installed."""
         self._groups = {group.name: group for group in groups}
         self._params = {f"{g.name}/{name}": param for g in groups for name, param in g.params.items()}
         self._group_of = {f"{g.name}/{name}": g.name for g in groups for name in g.params}
@@ -85,20 +89,16 @@ class Optimizer:
             for name, param in self._params.items()
             if param.dtype in SIXTEEN_BIT
         }
-        self._adamw = torch.optim.AdamW(
-            [{"params": [self._trained(key) for key in self._keys({g.name})], "name": g.name} for g in groups],
-            lr=0.0,
-            betas=betas,
-            weight_decay=weight_decay,
-        )
-        # Made here and not at the first step, so that the state has the same names and bytes from the start.
+        trained = [{"params": [self._trained(key) for key in self._keys({g.name})], "name": g.name} for g in groups]
+        # The state is made here and not at the first step, so that it has the same names and bytes from the start.
+        fresh_state = zero_moments
+        if kind == "adamw-8bit":
+            self._adamw = AdamW8bit(trained, betas=betas, weight_decay=weight_decay, setting=f"optimizer={kind}")
+            fresh_state = self._adamw.fresh_state
+        else:
+            self._adamw = torch.optim.AdamW(trained, lr=0.0, betas=betas, weight_decay=weight_decay)
         for key in self._params:
-            trained = self._trained(key)
-            self._adamw.state[trained] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(trained, memory_format=torch.contiguous_format),
-                "exp_avg_sq": torch.zeros_like(trained, memory_format=torch.contiguous_format),
-            }
+            self._adamw.state[self._trained(key)] = fresh_state(self._trained(key))
         self._max_grad_norm = max_grad_norm
         self._factor = factor
         self._counters = {name: torch.tensor(0) for name in ("num_steps", "num_skipped", "num_skipped_in_a_row")}
@@ -159,11 +159,11 @@ class Optimizer:
         rates = self._learning_rates(groups)
         for adamw_group in self._adamw.param_groups:
             adamw_group["lr"] = rates.get(adamw_group["name"], 0.0)
+        stepped = [key for key in self._masters if self._masters[key].grad is not None]
         self._adamw.step()
         with torch.no_grad():
-            for key, master in self._masters.items():
-                if master.grad is not None:
-                    self._params[key].copy_(master)
+            for key in stepped:
+                self._params[key].copy_(self._masters[key])
         self.zero_grad()
         self._counters["num_steps"] += 1
         self._counters["num_skipped_in_a_row"].zero_()

@@ -59,7 +59,7 @@ class Run:
         """One object per logged response."""
         self.stop = StopRequest()
         """Whether a signal has asked to stop; listens inside `with Run.open(...)`."""
-        self.memory = PhaseMemory()
+        self.memory = PhaseMemory(track_tensors=recipe.memory.track_tensors)
         """Bytes needed by each phase of this process."""
         self._lock = lock
         stages = folder / "stages.json"

@@ -1,6 +1,6 @@
 """Training examples of stage 1: which rows a step uses, their counts, and how they become padded micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from hydra_rlhf.data.collate import collate_demonstrations, collate_pairs
 from hydra_rlhf.data.formats import TokenizedDemonstration, TokenizedPair
 from hydra_rlhf.records import TokenBatch
 from hydra_rlhf.runtime.randomness import permutation
-from hydra_rlhf.stages.micro_batches import by_token_budget
+from hydra_rlhf.stages.micro_batches import Size, by_token_budget
 
 Example = TokenizedPair | TokenizedDemonstration
 
@@ -38,30 +38,42 @@ def batch_rows(num_examples: int, batch_size: int, step: int, seed: int, stage: 
     return rows
 
 
-def token_counts(examples: Sequence[Example]) -> list[int]:
-    """Padded tokens each example needs in a forward: a pair is two rows of its longer side."""
+def padded_sizes(examples: Sequence[Example]) -> list[Size]:
+    """What each example needs in a forward: a pair is two rows of its longer side."""
     return [
-        2 * (len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)))
+        (2 * len(e.prompt_ids), 2 * max(len(e.chosen_ids), len(e.rejected_ids)))
         if isinstance(e, TokenizedPair)
-        else len(e.prompt_ids) + len(e.response_ids)
+        else (len(e.prompt_ids), len(e.response_ids))
         for e in examples
     ]
 
 
+def num_tokens(examples: Sequence[Example]) -> int:
+    """Tokens of a batch if every example were padded to its own longer side alone."""
+    return sum(prompt + response for prompt, response in padded_sizes(examples))
+
+
+def longest(examples: Sequence[Example]) -> tuple[int, int]:
+    """Tokens of the longest prompt and of the longest response, each over all examples."""
+    responses = [
+        max(len(e.chosen_ids), len(e.rejected_ids)) if isinstance(e, TokenizedPair) else len(e.response_ids)
+        for e in examples
+    ]
+    return max(len(e.prompt_ids) for e in examples), max(responses)
+
+
 def count(examples: Sequence[Example]) -> BatchCounts:
     """The denominators of a batch: cross entropy is taken over chosen responses and demonstrations."""
-    num_tokens = sum(len(e.chosen_ids if isinstance(e, TokenizedPair) else e.response_ids) for e in examples)
-    return BatchCounts(num_examples=len(examples), num_lm_tokens=num_tokens)
+    num_lm_tokens = sum(len(e.chosen_ids if isinstance(e, TokenizedPair) else e.response_ids) for e in examples)
+    return BatchCounts(num_examples=len(examples), num_lm_tokens=num_lm_tokens)
 
 
 def token_micro_batches(
-    examples: Sequence[Example], max_tokens: int, pad_id: int, device: torch.device
-) -> list[TokenBatch]:
-    """Collate examples into micro-batches within a token budget; both sides of a pair stay together."""
-    return [
-        collate([examples[i] for i in group], pad_id, device)
-        for group in by_token_budget(token_counts(examples), max_tokens)
-    ]
+    examples: Sequence[Example], max_tokens: int, *, pad_id: int, device: torch.device
+) -> Iterator[tuple[list[int], TokenBatch]]:
+    """Yield (positions in `examples`, those collated) within a token budget; both sides of a pair stay together."""
+    for group in by_token_budget(padded_sizes(examples), max_tokens):
+        yield group, collate([examples[i] for i in group], pad_id, device)
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> TokenBatch:

@@ -12,14 +12,17 @@ from hydra_rlhf.evaluation.generations import compare_with_reference
 from hydra_rlhf.evaluation.preferences import evaluate_preferences
 from hydra_rlhf.evaluation.statistics import win_rate
 from hydra_rlhf.memory.count import BaseSizes, count_all
+from hydra_rlhf.memory.sizes import sizes_of
 from hydra_rlhf.model.export import save_peft_adapter, save_scalar_head
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.roles import TRAINABLE_ROLES
 from hydra_rlhf.runtime.measure import peak_rss_bytes
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.datasets import Datasets, RawData, prompt_texts
+from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.session import Session
+from hydra_rlhf.stages.settle import PLAN_FILE
 
 
 def save_policy(model: HydraModel, folder: Path) -> None:
@@ -55,7 +58,7 @@ def evaluate_run(
     """
     recipe = run.recipe
     session.begin("evaluation")
-    step, checkpoint = load_trained(run, model, recipe.evaluation.checkpoint)
+    step, checkpoint, limits = load_trained(run, model, recipe.evaluation.checkpoint)
     with session.memory.phase("evaluation"):
         summary, samples = measure(
             recipe,
@@ -66,13 +69,15 @@ def evaluate_run(
             checkpoint=checkpoint,
             num_prompts=recipe.evaluation.num_prompts,
             reward_fn=reward_fn,
+            limits=limits,
             after_token=session.stop.check,
         )
     for sample in samples:
         session.log_sample({"stage": "evaluation", "step": step, "kind": "evaluation", **sample})
     session.log("evaluation", step, {"eval/score": summary["score_mean"], "eval/kl": summary["kl"]})
     run.write_json("summary.json", summary)
-    run.write_json("memory.json", count_all(model.table, base_sizes(model), dtype=recipe.model.dtype))
+    counted = count_all(model.table, base_sizes(model, optimizer=recipe.ppo.optimizer), dtype=recipe.model.dtype)
+    run.write_json("memory.json", counted | {"planned": planned_bytes(run)})
     run.finish_stage("evaluation")
 
 
@@ -86,11 +91,12 @@ def measure(
     checkpoint: str,
     num_prompts: int,
     reward_fn: RewardFunction | None,
+    limits: StageLimits,
     after_token: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(numbers of summary.json, samples): the fit of the LoRA-off roles, and actor against reference."""
     roles = [role for role in ("reference", "reward") if role in model.table]
-    fit = evaluate_preferences(model, data.test_pairs, roles, micro_batch_tokens=recipe.ppo.micro_batch_tokens)
+    fit = evaluate_preferences(model, data.test_pairs, roles, limits=limits)
     numbers, samples = compare_with_reference(
         model,
         chat,
@@ -100,6 +106,7 @@ def measure(
         reward_fn=reward_fn,
         gold=raw.gold,
         num_samples=recipe.evaluation.num_samples,
+        limits=limits,
         after_token=after_token,
     )
     summary = {
@@ -117,8 +124,9 @@ def measure(
     return summary, samples
 
 
-def load_trained(run: Run, model: HydraModel, which: str) -> tuple[int, str]:
-    """Put the `last` or `best` valid checkpoint of PPO into the model; returns its step and what it is, in words.
+def load_trained(run: Run, model: HydraModel, which: str) -> tuple[int, str, StageLimits]:
+    """Put the `last` or `best` valid checkpoint of PPO into the model; returns its step, what it is in words, and the
+    limits that training ended with.
 
     Without a look at held-out prompts there is no best one, and the last is taken. Raises `CheckpointError`.
     """
@@ -126,12 +134,13 @@ def load_trained(run: Run, model: HydraModel, which: str) -> tuple[int, str]:
     checkpoint = store.latest_valid()
     if checkpoint is None:
         raise CheckpointError(f"{store.folder} holds no checkpoint; the run cannot be measured without its last one")
+    limits = StageLimits(**checkpoint.state["limits"])
     best = checkpoint.state["best_step"]
     if which == "best" and best is not None:
         checkpoint = store.load(best)
     model.load_trained_state(checkpoint.tensors["model"])
     name = "best" if which == "best" and best is not None else "last"
-    return checkpoint.step, f"{name} (step {checkpoint.step})"
+    return checkpoint.step, f"{name} (step {checkpoint.step})", limits
 
 
 def gold_accuracy(raw: RawData) -> float | None:
@@ -144,22 +153,16 @@ def gold_accuracy(raw: RawData) -> float | None:
     return win_rate(chosen, rejected)
 
 
-def base_sizes(model: HydraModel) -> BaseSizes:
-    """Numbers of the actor's base and of one LoRA set on it (counted on the method's own trunk)."""
-    role = model.table["actor"]
-    trunk = model.trunk(role.trunk)
-    head, embedding = trunk.model.get_output_embeddings(), trunk.model.get_input_embeddings()
-    tied = head.weight is embedding.weight  # pyright: ignore[reportOptionalMemberAccess]
-    lora = trunk.count_lora(model.lora.rank, model.lora.targets)
-    weight = next(iter(trunk.base_parameters().values()))
-    return BaseSizes(
-        num_parameters=sum(parameter.numel() for parameter in trunk.base_parameters().values()),
-        num_lm_head=0 if tied else head.weight.numel(),  # pyright: ignore[reportOptionalMemberAccess]
-        num_lora=lora,
-        num_scalar_head=trunk.hidden_size + 1,
-        weight_bytes=weight.element_size(),
-        lora_bytes={"float32": 4, "bfloat16": 2}[model.lora.dtype],
-    )
+def base_sizes(model: HydraModel, *, optimizer: str = "adamw") -> BaseSizes:
+    """Sizes of the actor's base and of one LoRA set on it (read off the method's own trunk)."""
+    trunk = model.trunk(model.table["actor"].trunk)
+    below_rank = model.lora.rank if trunk.switch.below else 0
+    return sizes_of(trunk, model.lora, optimizer=optimizer, below_rank=below_rank)
+
+
+def planned_bytes(run: Run) -> dict[str, Any]:
+    """What the memory plan decided for each stage of this run, and why (see stages/settle.py)."""
+    return run.read_json(PLAN_FILE) if (run.folder / PLAN_FILE).exists() else {}
 
 
 def record_costs(run: Run, session: Session, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """What can be done with a finished run: measure it again, sample from it, export it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,27 @@ from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.datasets import load_raw, tokenize
 from hydra_rlhf.stages.finish import load_trained, measure
 from hydra_rlhf.stages.held_out import sample_and_score
+from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.pipeline import method_table, stage1_folders
 from hydra_rlhf.stages.reward_fn import load_reward_fn
 from hydra_rlhf.stages.rollout import sequence_kl
 
 
-def load_finished(folder: Path, checkpoint: str) -> tuple[Run, HydraModel, ChatFormat, str]:
-    """(run, model, chat format, which checkpoint) of a run whose PPO is done, with its `last` or `best` policy.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A run whose PPO is done, loaded."""
+
+    run: Run
+    model: HydraModel
+    chat: ChatFormat
+    checkpoint: str
+    """Which policy is in the model, in words."""
+    limits: StageLimits
+    """What training could hold at once."""
+
+
+def load_finished(folder: Path, checkpoint: str) -> Finished:
+    """A run whose PPO is done, with its `last` or `best` policy.
 
     Raises `CheckpointError` for a folder without a finished PPO.
     """
@@ -32,8 +46,9 @@ def load_finished(folder: Path, checkpoint: str) -> tuple[Run, HydraModel, ChatF
     model = HydraModel.from_stage1(
         method_table(recipe), stage1_folders(recipe, run), model=recipe.model, lora=recipe.lora, seed=recipe.seed
     )
-    _, loaded = load_trained(run, model, checkpoint)
-    return run, model, known_chat_format(run, recipe, model), loaded
+    _, loaded, limits = load_trained(run, model, checkpoint)
+    chat = known_chat_format(run, recipe, model)
+    return Finished(run=run, model=model, chat=chat, checkpoint=loaded, limits=limits)
 
 
 def known_chat_format(run: Run, recipe: Recipe, model: HydraModel) -> ChatFormat:
@@ -44,17 +59,19 @@ def known_chat_format(run: Run, recipe: Recipe, model: HydraModel) -> ChatFormat
 
 def evaluate_again(folder: Path, *, checkpoint: str, num_prompts: int | None) -> tuple[dict[str, Any], Path]:
     """The numbers of `summary.json` for one checkpoint, and the file they are written to."""
-    run, model, chat, loaded = load_finished(folder, checkpoint)
+    finished = load_finished(folder, checkpoint)
+    run = finished.run
     raw = load_raw(run.recipe.data, seed=run.recipe.seed)
     numbers, _ = measure(
         run.recipe,
-        model,
-        chat,
-        tokenize(raw, chat),
+        finished.model,
+        finished.chat,
+        tokenize(raw, finished.chat),
         raw,
-        checkpoint=loaded,
+        checkpoint=finished.checkpoint,
         num_prompts=num_prompts or run.recipe.evaluation.num_prompts,
         reward_fn=load_reward_fn(run.recipe.ppo.reward.reward_fn),
+        limits=finished.limits,
     )
     file = run.folder / f"evaluation-{checkpoint}.json"
     run.write_json(file.name, numbers)
@@ -68,15 +85,24 @@ def sample_side_by_side(
 
     A reward function's columns are not known for prompts given by hand, so with one only held-out prompts can be used.
     """
-    run, model, chat, _ = load_finished(folder, checkpoint)
-    config = run.recipe.ppo
+    finished = load_finished(folder, checkpoint)
+    model, chat, config = finished.model, finished.chat, finished.run.recipe.ppo
     reward_fn = load_reward_fn(config.reward.reward_fn)
     if prompts:
         tokenized, _ = chat.tokenize_prompts(Prompt(prompt) for prompt in prompts)
     else:
-        tokenized = held_out_prompts(run.recipe, chat)[:num_prompts]
+        tokenized = held_out_prompts(finished.run.recipe, chat)[:num_prompts]
     rollouts = {
-        role: sample_and_score(model, chat, role, tokenized, config, stream=(seed, "sample", role), reward_fn=reward_fn)
+        role: sample_and_score(
+            model,
+            chat,
+            role,
+            tokenized,
+            config,
+            stream=(seed, "sample", role),
+            reward_fn=reward_fn,
+            limits=finished.limits,
+        )
         for role in ("reference", "actor")
     }
     kl = sequence_kl(rollouts["actor"])
@@ -106,7 +132,7 @@ def export_run(folder: Path, out: Path, *, format: str, checkpoint: str) -> None
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; name a new folder")
-    _, model, _, _ = load_finished(folder, checkpoint)
+    model = load_finished(folder, checkpoint).model
     actor = model.table["actor"]
     trunk = model.trunk(actor.trunk)
     if format == "merged":

@@ -8,6 +8,7 @@ from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.records import Rollout
+from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.rollout import (
     collect_rollout,
@@ -33,7 +34,13 @@ class HeldOut:
     gold: GoldFunction | None = None
 
     def look(
-        self, model: HydraModel, chat: ChatFormat, config: PPOConfig, *, seed: int
+        self,
+        model: HydraModel,
+        chat: ChatFormat,
+        config: PPOConfig,
+        *,
+        seed: int,
+        limits: StageLimits | None = None,
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics `eval/*` and a few responses. Every look uses the same random stream, so looks can be compared."""
         rows = range(min(config.num_eval_prompts, len(self.prompts)))
@@ -45,6 +52,7 @@ class HeldOut:
             config,
             stream=(seed, "held_out"),
             reward_fn=self.reward_fn,
+            limits=limits,
         )
         seen = summarise(rollout)
         metrics = {
@@ -81,17 +89,21 @@ def sample_and_score(
     *,
     stream: tuple[int | str, ...],
     reward_fn: RewardFunction | None,
+    limits: StageLimits | None = None,
     after_token: Callable[[], None] = lambda: None,
 ) -> Rollout:
-    """One response of `role` to every prompt, looked at by every role; decoded in groups of a rollout batch."""
+    """One response of `role` to every prompt, looked at by every role, within the limits of training."""
+    limits = limits or StageLimits.of(config)
     batch = prompt_batch(prompts, range(len(prompts)), 1, model.pad_id, model.device)
-    responses = sample_responses(model, chat, role, batch, config.sampling, stream=stream, after_token=after_token)
+    responses = sample_responses(
+        model, chat, role, batch, config.sampling, stream=stream, limits=limits, after_token=after_token
+    )
     return collect_rollout(
         model,
         batch,
         responses,
         config.reward,
         temperature=config.sampling.temperature,
-        micro_batch_tokens=config.micro_batch_tokens,
+        limits=limits,
         reward_fn=reward_fn,
     )

@@ -9,10 +9,11 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hydra_rlhf.config import Recipe, SupervisedConfig
+from hydra_rlhf.config_checks import parse_bytes
 from hydra_rlhf.data.formats import ChatFormat, chat_format
 from hydra_rlhf.data.scratch_tokenizer import scratch_tokenizer
 from hydra_rlhf.errors import ConfigError
-from hydra_rlhf.model.export import load_peft_adapter, save_stage1
+from hydra_rlhf.model.export import STAGE1_ADAPTER, load_peft_adapter, save_stage1
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.load import load_tokenizer, load_trunk, scratch_trunk
 from hydra_rlhf.model.lora import find_linears
@@ -26,8 +27,10 @@ from hydra_rlhf.stages.examples import Example
 from hydra_rlhf.stages.finish import evaluate_run, record_costs, save_policy
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.ppo import train_ppo_stage
+from hydra_rlhf.stages.quantized_start import check_packages, check_quantization, check_start_base
 from hydra_rlhf.stages.reward_fn import RewardFunction, load_reward_fn
 from hydra_rlhf.stages.session import Session
+from hydra_rlhf.stages.settle import settle_ppo, settle_stage1
 from hydra_rlhf.stages.supervised import Loss, train_supervised
 
 SCRATCH = "scratch:"
@@ -102,6 +105,7 @@ def run_stages(job: Job, last: int) -> None:
         lora=job.recipe.lora,
         seed=job.recipe.seed,
         trust_remote_code=job.trust_remote_code,
+        logit_tile_bytes=parse_bytes(job.recipe.memory.logit_tile),
     )
     chat, data = prepare_data(job, model)
     if not job.run.stage_done("ppo"):
@@ -115,6 +119,7 @@ def run_stages(job: Job, last: int) -> None:
             seed=job.recipe.seed,
             reward_fn=job.reward_fn,
             held_out=held_out,
+            limits=settle_ppo(job.recipe, model, data.train_prompts, job.run),
         )
         save_policy(model, job.run.folder / "ppo")
         job.run.finish_stage("ppo")
@@ -129,28 +134,28 @@ def train_stage1(job: Job, stage: str, folders: dict[str, str]) -> None:
     find_linears(trunk.decoder, recipe.lora.targets)  # a wrong target is told before stage 1, not after it
     table = STAGE1_TABLES[stage]
     if stage == "sft" and recipe.start.sft_adapter is not None:
-        load_peft_adapter(trunk, "start", Path(recipe.start.sft_adapter))
-        trunk.merge_adapter("start")
+        load_peft_adapter(trunk, STAGE1_ADAPTER, Path(recipe.start.sft_adapter))
+        trunk.adopt_adapter(STAGE1_ADAPTER)
         job.run.begin_stage(stage)
         save_stage1(job.run.folder / stage, trunk, job.tokenizer, None)
         job.run.finish_stage(stage)
         return
-    if recipe.model.gradient_checkpointing:
-        trunk.enable_checkpointing()
     name = next(iter(table.values())).trunk
     model = HydraModel(table, {name: trunk}, job.tokenizer, lora=recipe.lora, seed=recipe.seed)
     _, data = prepare_data(job, model)
     config: SupervisedConfig = getattr(recipe, stage)
+    examples = stage1_examples(stage, data)
     train_supervised(
         job.session,
         model,
-        stage1_examples(stage, data),
+        examples,
         config,
         stage=stage,
         loss=stage1_loss(stage, recipe),
         lora=recipe.lora,
         seed=recipe.seed,
         held_out=data.test_pairs,
+        limits=settle_stage1(recipe, model, stage, examples, job.run),
     )
     head = model.scalar_head(name, "reward") if "reward" in table else None
     save_stage1(job.run.folder / stage, model.trunk(name), job.tokenizer, head)
@@ -202,15 +207,18 @@ def stage1_folders(recipe: Recipe, run: Run) -> dict[str, str]:
 
     With an SFT start, that comes first and the rest starts from it.
     """
+    return {stage: getattr(recipe.start, stage) or str(run.folder / stage) for stage in stage1_stages(recipe)}
+
+
+def stage1_stages(recipe: Recipe) -> tuple[str, ...]:
+    """The stage-1 models of a recipe in training order, given ones included."""
     needed = stage1_models(method_table(recipe))
     starts_from_sft = recipe.start.sft is not None or recipe.start.sft_adapter is not None
-    if starts_from_sft and "sft" not in needed:
-        needed = ("sft", *needed)
-    return {stage: getattr(recipe.start, stage) or str(run.folder / stage) for stage in needed}
+    return ("sft", *needed) if starts_from_sft and "sft" not in needed else needed
 
 
 def check_start(recipe: Recipe) -> None:
-    """Raise `ConfigError` for a start that the recipe's method has no use for."""
+    """Raise `ConfigError` for a start that the recipe's method has no use for, and for what its base cannot do."""
     start, needed = recipe.start, stage1_models(method_table(recipe))
     if start.sft is not None and start.sft_adapter is not None:
         raise ConfigError("start.sft and start.sft_adapter both name the SFT model; remove one of them")
@@ -220,6 +228,11 @@ def check_start(recipe: Recipe) -> None:
                 f"start.{stage}={getattr(start, stage)!r} has no place in method={recipe.method}, which starts from "
                 f"{' and '.join(needed)}; remove it or choose another method"
             )
+    missing = [stage for stage in stage1_stages(recipe) if getattr(start, stage) is None]
+    trained = [stage for stage in missing if stage != "sft" or start.sft_adapter is None]
+    check_quantization(recipe, method_table(recipe), trained, loads_base=bool(missing) and start.sft is None)
+    check_start_base(start, recipe.model.path, recipe.model.revision)
+    check_packages(recipe, (*trained, "ppo"))
 
 
 def find_tokenizer(recipe: Recipe, run: Run, raw: RawData, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -17,6 +17,7 @@ from hydra_rlhf.errors import Interrupted
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.records import PPOTargets, Rollout
 from hydra_rlhf.stages.held_out import HeldOut
+from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.ppo_state import PPOState, build_optimizers, restore, save
 from hydra_rlhf.stages.ppo_update import update
 from hydra_rlhf.stages.reward_fn import RewardFunction
@@ -42,10 +43,12 @@ def train_ppo_stage(
     seed: int,
     reward_fn: RewardFunction | None = None,
     held_out: HeldOut | None = None,
+    limits: StageLimits | None = None,
 ) -> PPOState:
     """Stage 2 on a model that stage 1 left. Resumes from the run's newest checkpoint; returns the final state."""
     optimizers = build_optimizers(model, config)
-    state = restore(session.begin("ppo"), model, optimizers) or PPOState(kl_coef=config.kl_coef)
+    fresh = PPOState(kl_coef=config.kl_coef, limits=limits or StageLimits.of(config))
+    state = restore(session.begin("ppo"), model, optimizers) or fresh
     saved_step = state.step
     with session.progress("ppo", config.num_steps, done=state.step) as progress:
         while state.step < config.num_steps:
@@ -59,7 +62,14 @@ def train_ppo_stage(
                     batch = prompt_batch(prompts, rows, config.samples_per_prompt, model.pad_id, model.device)
                     stream = (seed, "ppo", state.step)
                     responses = sample_responses(
-                        model, chat, "actor", batch, config.sampling, stream=stream, after_token=session.stop.check
+                        model,
+                        chat,
+                        "actor",
+                        batch,
+                        config.sampling,
+                        stream=stream,
+                        limits=state.limits,
+                        after_token=session.stop.check,
                     )
             except Interrupted:  # nothing has been learned since the last step, so that is what is saved
                 if state.step > saved_step:
@@ -72,7 +82,7 @@ def train_ppo_stage(
                     responses,
                     config.reward,
                     temperature=config.sampling.temperature,
-                    micro_batch_tokens=config.micro_batch_tokens,
+                    limits=state.limits,
                     reward_fn=reward_fn,
                 )
 
@@ -84,7 +94,9 @@ def train_ppo_stage(
 
             # Learn: a few passes of clipped updates over the same rollout.
             with watch.phase("update"):
-                metrics = update(model, optimizers, rollout, targets, config, step=state.step, seed=seed)
+                metrics = update(
+                    model, optimizers, rollout, targets, config, step=state.step, seed=seed, limits=state.limits
+                )
 
             # Record: log, steer the KL coefficient, look at held-out prompts, save.
             metrics |= describe(rollout, targets, kl_coef=state.kl_coef)
@@ -97,7 +109,7 @@ def train_ppo_stage(
                 kl_coef=steered_kl_coef(config, state.kl_coef, metrics["kl/reference"], len(rollout.responses)),
             )
             if held_out is not None and config.eval_every and due(config.eval_every, state.step, config.num_steps):
-                seen, samples = held_out.look(model, chat, config, seed=seed)
+                seen, samples = held_out.look(model, chat, config, seed=seed, limits=state.limits)
                 metrics |= seen
                 if seen["eval/score"] > (-math.inf if state.best_score is None else state.best_score):
                     state = replace(state, best_step=state.step, best_score=seen["eval/score"])
@@ -105,7 +117,7 @@ def train_ppo_stage(
                     session.log_sample({"stage": "ppo", "step": state.step, "kind": "held_out", **sample})
             for sample in sample_rows(rollout, config.num_logged_samples):
                 session.log_sample({"stage": "ppo", "step": state.step, "kind": "rollout", **sample})
-            session.log("ppo", state.step, metrics)
+            session.log("ppo", state.step, metrics | state.limits.metrics())
             progress.advance(num_tokens, {"score": metrics["score/mean"], "KL": metrics["kl/reference"]})
             is_best = state.best_step == state.step
             if due(config.save_every, state.step, config.num_steps) or is_best:

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from hydra_rlhf.algorithms.rewards import Moments
 from hydra_rlhf.config import PPOConfig
-from hydra_rlhf.errors import CheckpointError
+from hydra_rlhf.errors import CheckpointError, ConfigError
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.roles import TRAINABLE_ROLES, passes
+from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.runtime.checkpoint import Checkpoint
 from hydra_rlhf.runtime.optimizer import Optimizer, ParamGroup, learning_rate_factor
+from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.session import Session
 
 TrainPass = tuple[str, str | None]
@@ -27,6 +29,8 @@ class PPOState:
     """PPO steps done."""
     kl_coef: float
     """Current coefficient; moves only with `kl_target`."""
+    limits: StageLimits
+    """What may be held at once. Part of the state, because where a batch is cut changes the order of its sums."""
     moments: Moments = field(default_factory=Moments)
     """Running moments of the scores, for `reward.normalize`."""
     best_step: int | None = None
@@ -55,6 +59,8 @@ def build_optimizers(model: HydraModel, config: PPOConfig) -> dict[TrainPass, Op
                 "trunk": rates[role] * config.full_learning_rate_scale,
                 "head": config.value_head_learning_rate,
             }
+            if roles[role].adapter is None:
+                refuse_packed(model.trunk(train_pass[0]), role)
             for kind, parameters in model.trained_parameters(role).items():
                 own = {name: p for name, p in parameters.items() if id(p) not in taken}
                 taken |= {id(p) for p in own.values()}
@@ -65,9 +71,19 @@ def build_optimizers(model: HydraModel, config: PPOConfig) -> dict[TrainPass, Op
             betas=config.adam_betas,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
+            kind=config.optimizer,
             factor=learning_rate_factor(config.schedule, math.ceil(config.warmup_frac * num_updates), num_updates),
         )
     return optimizers
+
+
+def refuse_packed(trunk: Trunk, role: str) -> None:
+    """Raise `ConfigError` where a role would train weights that are packed."""
+    if trunk.quantized is not None:
+        raise ConfigError(
+            f"the {role} trains its whole trunk, whose weights are packed (model.quantization="
+            f"{trunk.quantized.quantization}); use a method with LoRA sets, or model.quantization=none"
+        )
 
 
 def save(session: Session, model: HydraModel, optimizers: Mapping[TrainPass, Optimizer], state: PPOState) -> None:
@@ -94,4 +110,5 @@ def restore(
         optimizer.load_state(checkpoint.tensors[f"optimizer-{i}"])
     saved = {f.name: checkpoint.state[f.name] for f in fields(PPOState)}
     saved["moments"] = Moments(**saved["moments"])
+    saved["limits"] = StageLimits(**saved["limits"])
     return PPOState(**saved)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -12,10 +13,11 @@ from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.errors import NonFiniteError
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.roles import TRAINABLE_ROLES, passes
-from hydra_rlhf.records import LossOutput, PPOTargets, RoleOutput, Rollout
+from hydra_rlhf.records import LossOutput, PPOTargets, RoleOutput, Rollout, TokenBatch
 from hydra_rlhf.runtime.metrics import Accumulator
 from hydra_rlhf.runtime.optimizer import Optimizer
 from hydra_rlhf.runtime.randomness import permutation
+from hydra_rlhf.stages.limits import StageLimits, map_micro_batches
 from hydra_rlhf.stages.micro_batches import micro_batches
 from hydra_rlhf.stages.ppo_state import TrainPass
 
@@ -35,6 +37,7 @@ def update(
     *,
     step: int,
     seed: int,
+    limits: StageLimits | None = None,
 ) -> dict[str, float]:
     """`num_epochs` passes of minibatch steps over one rollout, ended early where the actor has moved too far.
 
@@ -42,11 +45,12 @@ def update(
     """
     warming_up = step < config.critic_warmup_steps and "critic" in model.table
     learning = [role for role in TRAINABLE_ROLES if role in model.table and not (warming_up and role == "actor")]
+    limits = limits or StageLimits.of(config)
     seen: list[dict[str, float]] = []
     done = 0
     model.train()
     for rows in minibatches(len(rollout.responses), config, step=step, seed=seed):
-        metrics, learned = learn_minibatch(model, optimizers, rollout, targets, config, rows, learning)
+        metrics, learned = learn_minibatch(model, optimizers, rollout, targets, config, rows, learning, limits)
         seen.append(metrics)
         if not learned:
             break
@@ -84,27 +88,35 @@ def learn_minibatch(
     config: PPOConfig,
     rows: list[int],
     learning: Sequence[str],
+    limits: StageLimits,
 ) -> tuple[dict[str, float], bool]:
     """One optimizer step of every pass that learns, role by role, so that one role's activations live at a time.
 
-    Sums over micro-batches are divided by the whole minibatch's token count. Returns (metrics, learned): where the
-    actor has moved further than `max_update_kl` from the policy that sampled, nothing more is learned.
+    Sums over micro-batches are divided by the whole minibatch's token count. Where memory runs out, only the pass it
+    ran out in is done again. That is exact: a pass trains tensors that no other pass of the minibatch reads, and the
+    others' optimizers may already have stepped. Returns (metrics, learned): where the actor has moved further than
+    `max_update_kl` from the policy that sampled, nothing more is learned.
     """
     num_tokens = int(rollout.batch.response_mask[rows].sum())
+    cut = partial(micro_batches, rollout.batch, rows=rows)
+
+    def learn(roles: Sequence[str], index: Tensor, micro_batch: TokenBatch) -> Mapping[str, Tensor]:
+        outputs = model.evaluate(
+            micro_batch,
+            roles,
+            temperature=config.sampling.temperature,
+            entropy_gradient=config.entropy_coef > 0,
+        )
+        loss = joined_loss(outputs, index, micro_batch.response_mask, rollout, targets, config, num_tokens)
+        loss.loss.backward()
+        return loss.metrics
+
     metrics: dict[str, float] = {}
     for train_pass, roles in passes({role: model.table[role] for role in learning}).items():
         optimizer = optimizers[train_pass]
         losses = Accumulator()
-        for index, micro_batch in micro_batches(rollout.batch, config.micro_batch_tokens, rows):
-            outputs = model.evaluate(
-                micro_batch,
-                roles,
-                temperature=config.sampling.temperature,
-                entropy_gradient=config.entropy_coef > 0,
-            )
-            loss = joined_loss(outputs, index, micro_batch.response_mask, rollout, targets, config, num_tokens)
-            loss.loss.backward()
-            losses.add(loss.metrics)
+        for part in map_micro_batches(limits, cut, partial(learn, tuple(roles)), start_over=optimizer.zero_grad):
+            losses.add(part)
         seen = losses.result()
         if config.max_update_kl is not None and seen.get("kl/update", 0.0) > config.max_update_kl:
             optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -12,9 +13,10 @@ from hydra_rlhf.config import RewardConfig, SamplingConfig
 from hydra_rlhf.data.collate import left_pad_prompts
 from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
 from hydra_rlhf.model.hydra import HydraModel
-from hydra_rlhf.model.sample import sample_tokens
-from hydra_rlhf.records import PromptBatch, Responses, Rollout, TokenBatch
+from hydra_rlhf.model.sample import SampledTokens, sample_tokens
+from hydra_rlhf.records import PromptBatch, Responses, RoleOutput, Rollout, TokenBatch
 from hydra_rlhf.runtime.randomness import permutation, uniforms
+from hydra_rlhf.stages.limits import StageLimits, map_micro_batches, map_row_groups
 from hydra_rlhf.stages.micro_batches import micro_batches
 from hydra_rlhf.stages.reward_fn import RewardFunction, call_reward_fn
 
@@ -76,33 +78,35 @@ def sample_responses(
     sampling: SamplingConfig,
     *,
     stream: tuple[int | str, ...],
+    limits: StageLimits,
     after_token: Callable[[], None] = lambda: None,
 ) -> Responses:
     """Sample one response per row from a role with an LM head; `stream` names the random stream (run seed, step, ...).
 
-    Each sequence draws from its own stream, (stream, prompt, sample), so neither batch nor `batch_rows` matters.
+    Each sequence draws from its own stream, (stream, prompt, sample), so it does not matter which rows are decoded
+    together; where memory runs out, they are decoded in smaller groups.
     """
     role = model.table[role_name]
     stop_ids = model.stop_ids(sampling.stop_token_ids)
     pad_id = model.pad_id
     keys = zip(prompts.prompt_index.tolist(), prompts.sample_index.tolist(), strict=True)
     draws = torch.stack([uniforms(sampling.max_response_tokens, *stream, *key) for key in keys])
-    num_rows = len(prompts.texts)
-    size = sampling.batch_rows or num_rows
-    parts = [
-        sample_tokens(
+
+    def decode(rows: slice) -> SampledTokens:
+        return sample_tokens(
             model.trunk(role.trunk),
             role.adapter,
-            prompts.tokens[i : i + size],
-            prompts.attention_mask[i : i + size],
-            draws[i : i + size].to(prompts.tokens.device),
+            prompts.tokens[rows],
+            prompts.attention_mask[rows],
+            draws[rows].to(prompts.tokens.device),
             sampling,
             stop_ids=stop_ids,
             pad_id=pad_id,
             after_token=after_token,
+            tile_bytes=model.logit_tile_bytes,
         )
-        for i in range(0, num_rows, size)
-    ]
+
+    parts = map_row_groups(limits, len(prompts.texts), decode)
     width = max(part.tokens.shape[1] for part in parts)
 
     def widen(x: Tensor, value: int) -> Tensor:
@@ -123,15 +127,21 @@ def sample_responses(
 
 @torch.no_grad()
 def score_roles(
-    model: HydraModel, batch: TokenBatch, roles: Iterable[str], *, temperature: float, micro_batch_tokens: int
+    model: HydraModel, batch: TokenBatch, roles: Iterable[str], *, temperature: float, limits: StageLimits
 ) -> Scored:
-    """What the named roles say about every row, with one trunk pass per (trunk, adapter) and micro-batch."""
+    """What the named roles say about every row, with one trunk pass per (trunk, adapter) and micro-batch.
+
+    Where memory runs out, all of it is done again in smaller micro-batches and not only what is missing: an update over
+    the whole batch is cut the same way then, and begins with ratios of exactly one.
+    """
     names = list(roles)
+
+    def look(rows: Tensor, micro_batch: TokenBatch) -> tuple[Tensor, dict[str, RoleOutput]]:
+        return rows, model.evaluate(micro_batch, names, temperature=temperature)
+
     mask = batch.response_mask
     fields: dict[str, Tensor] = {}
-    for rows, micro_batch in micro_batches(batch, micro_batch_tokens):
-        outputs = model.evaluate(micro_batch, names, temperature=temperature)
-        width = micro_batch.response_mask.shape[1]
+    for rows, outputs in map_micro_batches(limits, partial(micro_batches, batch), look):
         for role in names:
             for source, field in FIELDS_OF[role].items():
                 value: Tensor = getattr(outputs[role], source)
@@ -140,7 +150,7 @@ def score_roles(
                 if value.dim() == 1:
                     fields[field][rows] = value
                 else:
-                    fields[field][rows, :width] = value
+                    fields[field][rows, : value.shape[1]] = value
     nothing = torch.zeros(mask.shape, device=mask.device)
     return Scored(
         logprobs=fields.get("logprobs", nothing),
@@ -158,13 +168,11 @@ def collect_rollout(
     reward: RewardConfig,
     *,
     temperature: float,
-    micro_batch_tokens: int,
+    limits: StageLimits,
     reward_fn: RewardFunction | None,
 ) -> Rollout:
     """Let every role of the method's table look once at the sampled responses, and add up their scores."""
-    scored = score_roles(
-        model, responses.batch, model.table, temperature=temperature, micro_batch_tokens=micro_batch_tokens
-    )
+    scored = score_roles(model, responses.batch, model.table, temperature=temperature, limits=limits)
     scores = reward.reward_model_coef * scored.scores
     dense = torch.zeros_like(scored.logprobs)
     if reward_fn is not None:

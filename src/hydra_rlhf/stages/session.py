@@ -15,11 +15,11 @@ from hydra_rlhf.runtime.run import Run
 class Session:
     """A loop's view of a run. Without a run folder (the Python functions) nothing is written or restored."""
 
-    def __init__(self, run: Run | None = None) -> None:
+    def __init__(self, run: Run | None = None, *, memory: PhaseMemory | None = None) -> None:
         self.run = run
         self.stop = run.stop if run is not None else StopRequest()
         """Asked between decode steps and between training steps."""
-        self.memory = run.memory if run is not None else PhaseMemory()
+        self.memory = run.memory if run is not None else memory or PhaseMemory()
         self.history: list[dict[str, Any]] = []
         """Every logged line of this process: {stage, step, metrics...}."""
 

@@ -4,15 +4,18 @@ Stage 1 trains the LoRA-off half of a method's table: the roles `reference` (LM 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hydra_rlhf.config import LoraConfig, SupervisedConfig
 from hydra_rlhf.data.formats import TokenizedPair
-from hydra_rlhf.errors import NonFiniteError
+from hydra_rlhf.errors import ConfigError, NonFiniteError
 from hydra_rlhf.evaluation.preferences import evaluate_preferences, mean_chosen_score
+from hydra_rlhf.model.export import STAGE1_ADAPTER
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.roles import TRAINABLE_ROLES
 from hydra_rlhf.records import LossOutput, RoleOutput, TokenBatch
@@ -25,14 +28,13 @@ from hydra_rlhf.stages.examples import (
     batch_rows,
     count,
     lm_mask,
-    token_counts,
+    num_tokens,
     token_micro_batches,
 )
+from hydra_rlhf.stages.limits import StageLimits, map_micro_batches
 from hydra_rlhf.stages.session import Session, due
 from hydra_rlhf.stages.timing import Stopwatch
 
-STAGE1_ADAPTER = "stage1"
-"""Name of the LoRA set that stage 1 trains and merges when `tuning` is `lora`."""
 MAX_SKIPPED_IN_A_ROW = 3
 """Optimizer steps in a row without finite loss and gradient after which a run stops."""
 
@@ -50,77 +52,85 @@ def train_supervised(
     lora: LoraConfig,
     seed: int,
     held_out: Sequence[TokenizedPair] = (),
+    limits: StageLimits | None = None,
 ) -> None:
     """Train the LoRA-off roles of `model.table` on `examples`, in place, and shift the reward head to mean zero.
 
-    With `tuning: lora` one LoRA set is trained and then merged into the weights. Resumes from the run's newest
-    checkpoint. Raises `NonFiniteError` after three skipped steps in a row.
+    With `tuning: lora` one LoRA set is trained and then merged into the weights, or kept below all others where they
+    are quantised. Resumes from the run's newest checkpoint. Raises `NonFiniteError` after three skipped steps in a row.
     """
     roles = [role for role in ("reference", "reward") if role in model.table]
+    refuse_full_tuning(model, roles, config, stage)
     adapter = add_stage1_adapter(model, roles, lora, seed) if config.tuning == "lora" else None
     parameters = trained_parameters(model, roles, adapter)
     num_steps = max(1, round(config.num_epochs * len(examples) / config.batch_size))
     optimizer = build_optimizer(parameters, config, num_steps)
-    first_step = restore(session.begin(stage), parameters, optimizer)
+    first_step, limits = restore(session.begin(stage), parameters, optimizer, limits or StageLimits.of(config))
     saved_step = first_step
     with session.progress(stage, num_steps, done=first_step) as progress:
         for step in range(first_step + 1, num_steps + 1):
             if session.stop.requested and step - 1 > saved_step:
-                commit(session, stage, step - 1, parameters, optimizer)
+                commit(session, stage, step - 1, parameters, optimizer, limits)
             session.stop.check()
             watch = Stopwatch(session.memory)
 
             # Learn: one optimizer step; sums over all micro-batches are divided by the counts of the whole batch.
             with watch.phase(stage):
                 batch = [examples[row] for row in batch_rows(len(examples), config.batch_size, step - 1, seed, stage)]
-                counts = count(batch)
-                losses = Accumulator()
-                model.train()
-                for micro_batch in token_micro_batches(batch, config.micro_batch_tokens, model.pad_id, model.device):
-                    outputs = model.evaluate(
-                        micro_batch, roles, lm_mask=lm_mask(micro_batch, batch), adapter_when_off=adapter
-                    )
-                    output = loss(outputs, micro_batch, counts)
-                    output.loss.backward()
-                    losses.add(output.metrics | {"loss/total": output.loss.detach()})
-                model.eval()
-                metrics = step_optimizer(optimizer, losses.result(), stage)
+                losses = add_gradients(model, batch, roles, loss, optimizer, limits, adapter=adapter)
+                metrics = step_optimizer(optimizer, losses, stage)
 
             # Record: log, look at held-out pairs, save.
-            num_tokens = sum(token_counts(batch))
-            metrics |= {"train/num_tokens": float(num_tokens), "train/tokens_per_s": num_tokens / watch.seconds}
+            tokens = num_tokens(batch)
+            metrics |= {"train/num_tokens": float(tokens), "train/tokens_per_s": tokens / watch.seconds}
             if held_out and config.eval_every and due(config.eval_every, step, num_steps):
                 metrics |= evaluate_preferences(
                     model,
                     held_out[: config.max_eval_rows],
                     roles,
-                    micro_batch_tokens=config.micro_batch_tokens,
+                    limits=limits,
                     adapter=adapter,
                 )
-            session.log(stage, step, metrics | {"time/step_s": watch.seconds})
-            progress.advance(num_tokens, {"loss": metrics["loss/total"]})
+            session.log(stage, step, metrics | limits.metrics() | {"time/step_s": watch.seconds})
+            progress.advance(tokens, {"loss": metrics["loss/total"]})
             if due(config.save_every, step, num_steps):
-                commit(session, stage, step, parameters, optimizer)
+                commit(session, stage, step, parameters, optimizer, limits)
                 saved_step = step
     if optimizer.num_steps == 0:
         raise NonFiniteError(
             f"{stage}: no step had a finite loss and gradient; look at the model's weights and the data"
         )
     for name in dict.fromkeys(model.table[role].trunk for role in roles):
+        trunk = model.trunk(name)
         if adapter is not None:
-            model.trunk(name).merge_adapter(adapter)
-        model.trunk(name).model.config.name_or_path = ""  # no longer the model that was loaded
+            trunk.adopt_adapter(adapter)
+        if trunk.quantized is None:
+            trunk.model.config.name_or_path = ""  # no longer the model that was loaded
     if "reward" in roles:
         pairs = [example for example in examples if isinstance(example, TokenizedPair)]
         head = model.scalar_head(model.table["reward"].trunk, "reward")
-        head.shift(mean_chosen_score(model, pairs, micro_batch_tokens=config.micro_batch_tokens))
+        head.shift(mean_chosen_score(model, pairs, limits=limits))
     model.freeze_except(role for role in TRAINABLE_ROLES if role in model.table)
 
 
+def refuse_full_tuning(model: HydraModel, roles: Sequence[str], config: SupervisedConfig, stage: str) -> None:
+    """Raise `ConfigError` where all weights are to be trained and some are packed."""
+    packed = next((base for role in roles if (base := model.trunk(model.table[role].trunk).quantized)), None)
+    if packed is not None and config.tuning == "full":
+        raise ConfigError(
+            f"{stage}.tuning=full cannot train packed weights (model.quantization={packed.quantization}); "
+            f"use {stage}.tuning=lora"
+        )
+
+
 def add_stage1_adapter(model: HydraModel, roles: Sequence[str], lora: LoraConfig, seed: int) -> str:
-    """Put the LoRA set that stage 1 trains on the trunk of the LoRA-off roles; returns its name."""
+    """Put the LoRA set that stage 1 trains on the trunk of the LoRA-off roles; returns its name.
+
+    A quantised trunk that an earlier stage has left one on goes on training that.
+    """
     for trunk in dict.fromkeys(model.table[role].trunk for role in roles):
-        model.add_adapter(STAGE1_ADAPTER, trunk, lora, seed)
+        if STAGE1_ADAPTER not in model.trunk(trunk).switch.below:
+            model.add_adapter(STAGE1_ADAPTER, trunk, lora, seed)
     return STAGE1_ADAPTER
 
 
@@ -149,25 +159,63 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: SupervisedConfi
         betas=config.adam_betas,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        kind=config.optimizer,
         factor=learning_rate_factor(config.schedule, math.ceil(config.warmup_frac * num_steps), num_steps),
     )
 
 
+def add_gradients(
+    model: HydraModel,
+    batch: Sequence[Example],
+    roles: Sequence[str],
+    loss: Loss,
+    optimizer: Optimizer,
+    limits: StageLimits,
+    *,
+    adapter: str | None,
+) -> dict[str, float]:
+    """Leave one batch's gradients on what `optimizer` trains; returns the batch's losses."""
+    counts = count(batch)
+
+    def learn(_: list[int], micro_batch: TokenBatch) -> Mapping[str, Tensor]:
+        outputs = model.evaluate(micro_batch, roles, lm_mask=lm_mask(micro_batch, batch), adapter_when_off=adapter)
+        output = loss(outputs, micro_batch, counts)
+        output.loss.backward()
+        return output.metrics | {"loss/total": output.loss.detach()}
+
+    cut = partial(token_micro_batches, batch, pad_id=model.pad_id, device=model.device)
+    losses = Accumulator()
+    model.train()
+    for seen in map_micro_batches(limits, cut, learn, start_over=optimizer.zero_grad):
+        losses.add(seen)
+    model.eval()
+    return losses.result()
+
+
 @torch.no_grad()
-def restore(checkpoint: Checkpoint | None, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> int:
-    """Load a checkpoint, if there is one; returns the number of steps done."""
+def restore(
+    checkpoint: Checkpoint | None, parameters: dict[str, nn.Parameter], optimizer: Optimizer, limits: StageLimits
+) -> tuple[int, StageLimits]:
+    """Load a checkpoint, if there is one; returns the number of steps done, and its limits instead of `limits`."""
     if checkpoint is None:
-        return 0
+        return 0, limits
     for name, parameter in parameters.items():
         parameter.copy_(checkpoint.tensors["model"][name])
     optimizer.load_state(checkpoint.tensors["optimizer"])
-    return checkpoint.step
+    return checkpoint.step, StageLimits(**checkpoint.state["limits"])
 
 
-def commit(session: Session, stage: str, step: int, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
+def commit(
+    session: Session,
+    stage: str,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: Optimizer,
+    limits: StageLimits,
+) -> None:
     """Save everything the next step depends on."""
     tensors = {"model": {name: p.detach() for name, p in parameters.items()}, "optimizer": optimizer.state()}
-    session.save(stage, step, tensors, {})
+    session.save(stage, step, tensors, {"limits": asdict(limits)})
 
 
 def step_optimizer(optimizer: Optimizer, losses: dict[str, float], stage: str) -> dict[str, float]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from hydra_rlhf.runtime.measure import PhaseMemory
+from hydra_rlhf.stages.limits import release
 
 SECONDS_OF = {"rollout": "time/rollout_s", "score": "time/score_s", "update": "time/update_s"}
 """Metric of each phase's seconds."""
@@ -24,12 +25,13 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure the block as phase `name`."""
+        """Measure the block as phase `name`; memory it leaves unused is handed back, so that the next can have it."""
         start = time.perf_counter()
         with self._memory.phase(name):
             yield
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+        release()  # after the measurement: what the phase held belongs to it
         self._seconds[name] = time.perf_counter() - start
 
     def metrics(self, num_tokens: Mapping[str, int]) -> dict[str, float]:

@@ -1,0 +1,114 @@
+"""From a budget to settings: the cheapest micro-batch, row group and checkpointing that a plan says will fit."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import ceil
+
+from hydra_rlhf.memory.plan import Cuts, Phases, peak
+
+MAX_MICRO_BATCH_TOKENS = 8192
+"""Larger forwards are no faster: the products are long past the size that keeps a device busy."""
+CALL_TOKENS = 256
+"""A forward and backward costs as much time as if it had this many tokens more (kernel launches, weights read)."""
+FORWARD_BACKWARD = 3.0
+"""Time of forward and backward in forwards, with a frozen base: input gradients cost one forward, LoRA and attention
+most of another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What the settings leave no choice about; None = choose."""
+
+    micro_batch_tokens: int | None = None
+    rollout_rows: int | None = None
+    checkpointed_layers: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One way to cut the work, what it needs and what it costs."""
+
+    cuts: Cuts
+    phases: Phases
+    relative_time: float
+    """Of an update, against one whole micro-batch without checkpointing."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest phase."""
+        return peak(self.phases)
+
+
+def choose(
+    plan: Callable[[Cuts], Phases], budget: int, given: Given, *, num_layers: int, num_sequences: int, tokens_each: int
+) -> tuple[Option | None, list[Option]]:
+    """(the cheapest option within `budget` bytes or None, every option looked at).
+
+    Rows decoded together are as many as fit. For each size of micro-batch as few layers as possible are checkpointed.
+    The last option looked at is the smallest there is, whether it fits or not.
+    """
+    groups = row_groups(num_sequences, given.rollout_rows)
+    rows = next((rows for rows in groups if rollout_bytes(plan, rows, num_layers) <= budget), given.rollout_rows or 1)
+    options: list[Option] = []
+    for tokens in micro_batch_sizes(num_sequences * tokens_each, tokens_each, given.micro_batch_tokens):
+        options.append(fewest_layers(plan, budget, given, num_layers=num_layers, tokens=tokens, rows=rows))
+    fitting = [option for option in options if option.peak <= budget]
+    return min(fitting, key=lambda option: option.relative_time, default=None), options
+
+
+def rollout_bytes(plan: Callable[[Cuts], Phases], rows: int, num_layers: int) -> int:
+    """What decoding this many rows together needs; 0 in a plan without a rollout (stage 1)."""
+    phases = plan(Cuts(micro_batch_tokens=1, rollout_rows=rows, checkpointed_layers=num_layers))
+    return sum(phases["rollout"].values()) if "rollout" in phases else 0
+
+
+def fewest_layers(
+    plan: Callable[[Cuts], Phases], budget: int, given: Given, *, num_layers: int, tokens: int, rows: int
+) -> Option:
+    """The option with this micro-batch that checkpoints the fewest layers within the budget (by bisection)."""
+
+    def option(layers: int) -> Option:
+        cuts = Cuts(micro_batch_tokens=tokens, rollout_rows=rows, checkpointed_layers=layers)
+        return Option(cuts=cuts, phases=plan(cuts), relative_time=relative_time(tokens, layers / num_layers))
+
+    if given.checkpointed_layers is not None:
+        return option(given.checkpointed_layers)
+    low, high = 0, num_layers
+    if option(low).peak <= budget:
+        return option(low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if option(middle).peak <= budget:
+            high = middle
+        else:
+            low = middle
+    return option(high)
+
+
+def relative_time(tokens: int, checkpointed_share: float) -> float:
+    """Time of an update per token, against large micro-batches without checkpointing."""
+    return (1.0 + checkpointed_share / FORWARD_BACKWARD) * (1.0 + CALL_TOKENS / tokens)
+
+
+def micro_batch_sizes(num_tokens: int, tokens_each: int, given: int | None) -> Iterator[int]:
+    """Sizes to look at, largest first: halves of the most that is useful, down to a single sequence."""
+    if given is not None:
+        yield given
+        return
+    size = max(min(MAX_MICRO_BATCH_TOKENS, num_tokens), tokens_each)
+    while size > tokens_each:
+        yield size
+        size //= 2
+    yield tokens_each
+
+
+def row_groups(num_sequences: int, given: int | None) -> Iterator[int]:
+    """Sizes of row groups to look at: the whole batch in 1, 2, 4, ... groups."""
+    if given is not None:
+        yield given
+        return
+    num_groups = 1
+    while num_groups < num_sequences:
+        yield ceil(num_sequences / num_groups)
+        num_groups *= 2
+    yield 1

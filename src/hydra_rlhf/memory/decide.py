@@ -1,0 +1,262 @@
+"""From a recipe to the limits of its stages: what `hydra-rlhf plan` prints is what the trainer takes."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+from transformers.configuration_utils import PretrainedConfig
+
+from hydra_rlhf.config import LoraConfig, ModelConfig, Recipe
+from hydra_rlhf.config_checks import parse_bytes
+from hydra_rlhf.memory.choose import Given, Option, choose
+from hydra_rlhf.memory.count import BaseSizes
+from hydra_rlhf.memory.plan import Cuts, Phases, Planner, Workload
+from hydra_rlhf.memory.simulate import Simulation
+from hydra_rlhf.memory.sizes import sizes_of
+from hydra_rlhf.model.roles import ROLES, STAGE1_TABLES, TRAINABLE_ROLES, RoleTable, stage1_models
+from hydra_rlhf.model.shapes import meta_trunk
+
+NO_CORRECTIONS: Mapping[str, float] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """How a stage is cut to fit its budget."""
+
+    chosen: Option
+    """The cheapest option that fits, or the smallest there is."""
+    fits: bool
+    options: tuple[Option, ...]
+    """All that were looked at."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "fits": self.fits,
+            "peak": self.chosen.peak,
+            "relative_time": self.chosen.relative_time,
+            **cuts_dict(self.chosen.cuts),
+            "phases": {name: dict(parts) for name, parts in self.chosen.phases.items()},
+            "options": [{"peak": o.peak, "relative_time": o.relative_time, **cuts_dict(o.cuts)} for o in self.options],
+        }
+
+
+def cuts_dict(cuts: Cuts) -> dict[str, int]:
+    """The settings of an option."""
+    return {
+        "micro_batch_tokens": cuts.micro_batch_tokens,
+        "rollout_rows": cuts.rollout_rows,
+        "checkpointed_layers": cuts.checkpointed_layers,
+    }
+
+
+def workload_of(recipe: Recipe) -> Workload:
+    """The most that one step of a recipe's stages works on, by its settings."""
+    ppo = recipe.ppo
+    return Workload(
+        prompt_tokens=recipe.data.max_prompt_tokens,
+        response_tokens=ppo.sampling.max_response_tokens,
+        data_response_tokens=recipe.data.max_response_tokens,
+        num_sequences=ppo.rollout_batch_size * ppo.samples_per_prompt,
+        minibatch_size=ppo.minibatch_size,
+        batch_size=recipe.hydra_sft.batch_size,
+        entropy_gradient=ppo.entropy_coef > 0,
+    )
+
+
+def planner_of(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    workload: Workload,
+    *,
+    optimizer: str,
+    below: bool | None = None,
+    corrections: Mapping[str, float] = NO_CORRECTIONS,
+) -> Planner:
+    """A planner for one stage's optimizer on the base of a recipe.
+
+    `below` says whether stage 1 left a LoRA set under the others (default: where the base is quantised);
+    `corrections` are what a probe found (see `Simulation`).
+    """
+    below = recipe.model.quantization != "none" if below is None else below
+    base = _Base(
+        config_json=config.to_json_string(use_diff=False),
+        config=config,
+        model=recipe.model,
+        lora=recipe.lora,
+        tile_bytes=parse_bytes(recipe.memory.logit_tile),
+        below_rank=recipe.lora.rank if below else 0,
+        temperature=recipe.ppo.sampling.temperature,
+        corrections=tuple(corrections.items()),
+    )
+    return Planner(_simulation(base), _sizes(base, optimizer), workload)
+
+
+def decide_ppo(planner: Planner, recipe: Recipe, table: RoleTable, budget: int) -> Decision:
+    """Limits of stage 2 within `budget` bytes of tensors."""
+    work, ppo = planner.workload, recipe.ppo
+    given = Given(
+        micro_batch_tokens=ppo.micro_batch_tokens,
+        rollout_rows=ppo.sampling.batch_rows,
+        checkpointed_layers=given_layers(recipe, planner.simulation.num_layers),
+    )
+    found, options = choose(
+        lambda cuts: planner.ppo(table, cuts),
+        budget,
+        given,
+        num_layers=planner.simulation.num_layers,
+        num_sequences=work.num_sequences,
+        tokens_each=work.prompt_tokens + work.response_tokens,
+    )
+    return Decision(chosen=found or smallest(options), fits=found is not None, options=tuple(options))
+
+
+def decide_stage1(planner: Planner, recipe: Recipe, stage: str, budget: int, *, lora: bool) -> Decision:
+    """Limits of a stage-1 model within `budget` bytes of tensors."""
+    work = planner.workload
+    rows = 2 if "reward" in STAGE1_TABLES[stage] else 1
+    given = Given(
+        micro_batch_tokens=getattr(recipe, stage).micro_batch_tokens,
+        rollout_rows=1,
+        checkpointed_layers=given_layers(recipe, planner.simulation.num_layers),
+    )
+    found, options = choose(
+        lambda cuts: {stage: planner.stage1(stage, cuts, lora=lora)},
+        budget,
+        given,
+        num_layers=planner.simulation.num_layers,
+        num_sequences=work.batch_size,
+        tokens_each=rows * (work.prompt_tokens + work.data_response_tokens),
+    )
+    return Decision(chosen=found or smallest(options), fits=found is not None, options=tuple(options))
+
+
+def decide_method(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    table: RoleTable,
+    budget: int,
+    corrections: Mapping[str, float] = NO_CORRECTIONS,
+) -> Mapping[str, Decision]:
+    """Every stage of a method: {stage-1 model or `ppo`: decision}."""
+    work = workload_of(recipe)
+    decisions: dict[str, Decision] = {}
+    for stage in stage1_models(table):
+        settings = getattr(recipe, stage)
+        planner = planner_of(
+            recipe,
+            config,
+            replace(work, batch_size=settings.batch_size),
+            optimizer=settings.optimizer,
+            corrections=corrections,
+        )
+        lora = settings.tuning == "lora" or recipe.model.quantization != "none"
+        decisions[stage] = decide_stage1(planner, recipe, stage, budget, lora=lora)
+    planner = planner_of(recipe, config, work, optimizer=recipe.ppo.optimizer, corrections=corrections)
+    decisions["ppo"] = decide_ppo(planner, recipe, table, budget)
+    return decisions
+
+
+def phases_of(decisions: Mapping[str, Decision]) -> Phases:
+    """All phases of a method's pipeline, in order."""
+    return {name: parts for decision in decisions.values() for name, parts in decision.chosen.phases.items()}
+
+
+def given_layers(recipe: Recipe, num_layers: int) -> int | None:
+    """Checkpointed layers where the recipe names a policy."""
+    return {"none": 0, "layers": num_layers, "auto": None}[recipe.memory.checkpointing]
+
+
+def smallest(options: list[Option]) -> Option:
+    """The option that needs least."""
+    return min(options, key=lambda option: option.peak)
+
+
+def recipe_for(recipe: Recipe, method: str) -> Recipe:
+    """The recipe with another method; one that trains whole trunks does without a quantised base."""
+    changes: dict[str, Any] = {"method": method}
+    if not trains_adapters(ROLES[method]):
+        changes["model"] = replace(recipe.model, quantization="none")
+    return replace(recipe, **changes)
+
+
+def trains_adapters(table: RoleTable) -> bool:
+    """Whether all that learns in stage 2 is a LoRA set."""
+    return all(table[role].adapter is not None for role in TRAINABLE_ROLES if role in table)
+
+
+def relaxed(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """The recipe with what it says about cutting its work left to the plan, where it says anything, and what to set."""
+    said: list[str] = []
+    for stage in (*stage1_models(ROLES[recipe.method]), "ppo"):
+        settings = getattr(recipe, stage)
+        if settings.micro_batch_tokens is not None:
+            said.append(f"{stage}.micro_batch_tokens=null")
+            recipe = replace(recipe, **{stage: replace(settings, micro_batch_tokens=None)})
+    if recipe.ppo.sampling.batch_rows is not None:
+        said.append("ppo.sampling.batch_rows=null")
+        recipe = replace(recipe, ppo=replace(recipe.ppo, sampling=replace(recipe.ppo.sampling, batch_rows=None)))
+    if recipe.memory.checkpointing == "none":
+        said.append("memory.checkpointing=auto")
+        recipe = replace(recipe, memory=replace(recipe.memory, checkpointing="auto"))
+    if said:
+        yield ", ".join(said), recipe
+
+
+def remedies(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """Changes that need less memory, each on top of the ones before, as (what to set, the changed recipe)."""
+    said: list[str] = []
+    table = ROLES[recipe.method]
+
+    def changed(text: str, **changes: Any) -> Recipe:
+        said.append(text)
+        return replace(recipe, **changes)
+
+    if recipe.model.dtype == "float32":
+        recipe = changed("model.dtype=bfloat16", model=replace(recipe.model, dtype="bfloat16"))
+        yield ", ".join(said), recipe
+    if trains_adapters(table):
+        for stage in stage1_models(table):
+            if getattr(recipe, stage).tuning == "full":
+                recipe = changed(f"{stage}.tuning=lora", **{stage: replace(getattr(recipe, stage), tuning="lora")})
+                yield ", ".join(said), recipe
+        if recipe.model.quantization != "nf4":
+            recipe = changed("model.quantization=nf4", model=replace(recipe.model, quantization="nf4"))
+            yield ", ".join(said), recipe
+    if recipe.ppo.optimizer == "adamw":
+        recipe = changed("ppo.optimizer=adamw-8bit", ppo=replace(recipe.ppo, optimizer="adamw-8bit"))
+        yield ", ".join(said), recipe
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What a simulation depends on; equal ones are run once in a process."""
+
+    config_json: str
+    config: PretrainedConfig = field(compare=False)
+    model: ModelConfig
+    lora: LoraConfig
+    tile_bytes: int
+    below_rank: int
+    temperature: float
+    corrections: tuple[tuple[str, float], ...]
+
+
+@lru_cache(maxsize=16)
+def _simulation(base: _Base) -> Simulation:
+    return Simulation(
+        base.config,
+        base.model,
+        base.lora,
+        base.tile_bytes,
+        base.temperature,
+        dict(base.corrections),
+        below_rank=base.below_rank,
+    )
+
+
+@lru_cache(maxsize=32)
+def _sizes(base: _Base, optimizer: str) -> BaseSizes:
+    trunk = meta_trunk(base.config, base.model)
+    return sizes_of(trunk, base.lora, optimizer=optimizer, below_rank=base.below_rank)

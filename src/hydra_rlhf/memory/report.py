@@ -1,0 +1,148 @@
+"""The memory plan of every method for one recipe, as data: what `hydra-rlhf plan` prints and `--json` writes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from transformers.configuration_utils import PretrainedConfig
+
+from hydra_rlhf.config import Recipe
+from hydra_rlhf.memory.budget import PROCESS_BYTES, tensor_budget
+from hydra_rlhf.memory.choose import MAX_MICRO_BATCH_TOKENS
+from hydra_rlhf.memory.decide import (
+    NO_CORRECTIONS,
+    Decision,
+    decide_method,
+    decide_stage1,
+    phases_of,
+    planner_of,
+    recipe_for,
+    relaxed,
+    remedies,
+    workload_of,
+)
+from hydra_rlhf.memory.plan import Cuts, peak, total
+from hydra_rlhf.model.load import pick_device
+from hydra_rlhf.model.roles import ROLES, RoleTable
+from hydra_rlhf.model.shapes import find_config
+from hydra_rlhf.model.trunk import text_config
+
+FULL_SFT = "full SFT"
+"""The row that every method is compared with: fine-tuning all weights on demonstrations."""
+
+
+def plan_methods(
+    recipe: Recipe, methods: tuple[str, ...] = tuple(ROLES), corrections: Mapping[str, float] = NO_CORRECTIONS
+) -> dict[str, Any]:
+    """Plans of these methods and of full SFT within the recipe's budget, JSON-ready. Raises `ModelError`.
+
+    Reads the model's config and no weight. Methods that do not fit say what would make them. `corrections` are measured
+    over planned bytes per phase, from a probe.
+    """
+    config = find_config(recipe.model)
+    budget = budget_of(recipe)
+    rows = {method: plan_method(recipe_for(recipe, method), config, budget, corrections) for method in methods}
+    return {
+        "model": recipe.model.path,
+        "dtype": recipe.model.dtype,
+        "quantization": recipe.model.quantization,
+        "num_layers": text_config(config).num_hidden_layers,
+        "lora": {"rank": recipe.lora.rank, "targets": list(recipe.lora.targets), "dtype": recipe.lora.dtype},
+        "budget": recipe.memory.budget,
+        "tensor_budget": budget,
+        "corrections": dict(corrections),
+        "workload": asdict(workload_of(recipe)),
+        "methods": rows,
+        "full_sft": plan_full_sft(recipe, config, budget),
+    }
+
+
+def budget_of(recipe: Recipe) -> int:
+    """Bytes that tensors may take on the recipe's device, or on the one it names in `memory.budget`."""
+    device = torch.device("cpu") if recipe.memory.budget != "auto" else pick_device(recipe.model.device)
+    return tensor_budget(recipe.memory, device)
+
+
+def plan_method(
+    recipe: Recipe, config: PretrainedConfig, budget: int, corrections: Mapping[str, float]
+) -> dict[str, Any]:
+    """One method: decisions per stage, bytes per phase, the largest sizes that fit, and a remedy where nothing does."""
+    table = ROLES[recipe.method]
+    decisions = decide_method(recipe, config, table, budget, corrections)
+    phases = phases_of(decisions)
+    fits = all(decision.fits for decision in decisions.values())
+    plan: dict[str, Any] = {
+        "fits": fits,
+        "peak": peak(phases),
+        "peak_phase": max(phases, key=lambda name: total(phases[name])),
+        "phases": {name: dict(parts) for name, parts in phases.items()},
+        "stages": {stage: decision.as_dict() for stage, decision in decisions.items()},
+    }
+    if fits:
+        plan["largest"] = largest_sizes(recipe, config, table, budget, decisions["ppo"])
+    else:
+        plan["remedy"] = find_remedy(recipe, config, table, budget, corrections)
+    return plan
+
+
+def plan_full_sft(recipe: Recipe, config: PretrainedConfig, budget: int) -> dict[str, Any]:
+    """Fine-tuning all weights on demonstrations, with the recipe's SFT settings."""
+    recipe = replace(recipe, model=replace(recipe.model, quantization="none"))
+    work = replace(workload_of(recipe), batch_size=recipe.sft.batch_size)
+    planner = planner_of(recipe, config, work, optimizer=recipe.sft.optimizer)
+    return decide_stage1(planner, recipe, "sft", budget, lora=False).as_dict()
+
+
+def largest_sizes(
+    recipe: Recipe, config: PretrainedConfig, table: RoleTable, budget: int, decision: Decision
+) -> dict[str, int]:
+    """The most rows decoded together, and the largest micro-batches without and with all layers checkpointed.
+
+    A rollout batch may be larger than what is decoded together: it is then sampled in row groups.
+    """
+    planner = planner_of(recipe, config, workload_of(recipe), optimizer=recipe.ppo.optimizer)
+    num_layers, cuts = planner.simulation.num_layers, decision.chosen.cuts
+    work = planner.workload
+    tokens_each = work.prompt_tokens + work.response_tokens
+    most = max(1, MAX_MICRO_BATCH_TOKENS * 16 // tokens_each)
+    wide = replace(planner, workload=replace(work, num_sequences=most, minibatch_size=most))
+
+    def fits(phase: str, cuts: Cuts) -> bool:
+        return total(wide.ppo(table, cuts)[phase]) <= budget
+
+    def micro_batch(layers: int) -> int:
+        changed = replace(cuts, checkpointed_layers=layers)
+        return tokens_each * largest(
+            lambda rows: fits("update", replace(changed, micro_batch_tokens=rows * tokens_each)), most
+        )
+
+    return {
+        "rollout_rows": largest(lambda rows: fits("rollout", replace(cuts, rollout_rows=rows)), 4096),
+        "micro_batch_tokens": micro_batch(0),
+        "micro_batch_tokens_checkpointed": micro_batch(num_layers),
+    }
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, 0 if 1 does not; beyond one that does not, none does."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def find_remedy(
+    recipe: Recipe, config: PretrainedConfig, table: RoleTable, budget: int, corrections: Mapping[str, float]
+) -> str:
+    """The settings that would make a method fit, or that none of those known does."""
+    needed, tried = 0, ""
+    for text, changed in (("", recipe), *remedies(recipe)):
+        for freed, candidate in (("", changed), *relaxed(changed)):
+            tried = ", ".join(part for part in (text, freed) if part)
+            decisions = decide_method(candidate, config, table, budget, corrections)
+            if all(decision.fits for decision in decisions.values()):
+                return f"fits with {tried}"
+            needed = peak(phases_of(decisions)) + PROCESS_BYTES
+    return f"no setting makes it fit: {'with ' + tried if tried else 'as it is'} it needs {needed / 2**30:.1f} GiB"

@@ -1,0 +1,173 @@
+"""Layers that keep what backward needs and nothing twice: LoRA linears, gated MLPs and norms (performance, not maths).
+
+Every function computes what the plain modules compute, bit for bit; backward recomputes elementwise intermediates. The
+plain forms stay in the tests as the reference.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def weight_of(linear: nn.Module) -> Float[Tensor, "o i"]:
+    """The weight of any of the three kinds, laid out as [out, in]; a quantised one is unpacked anew."""
+    if hasattr(linear, "dequantize"):
+        return linear.dequantize()  # pyright: ignore[reportCallIssue]
+    weight: Tensor = linear.weight  # pyright: ignore[reportAssignmentType]
+    return weight if isinstance(linear, nn.Linear) else weight.T
+
+
+def rows(x: Float[Tensor, "*n d"]) -> Float[Tensor, "m d"]:
+    """All leading dimensions as one: 2-D products take the fast path everywhere."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def products(x: Float[Tensor, "*n i"], As: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """x A_i^T of each A, in one product; everywhere the same one, so that rounding does not depend on the path."""
+    stacked = torch.cat([A.to(x.dtype) for A in As]) if len(As) > 1 else As[0].to(x.dtype)
+    return torch.nn.functional.linear(x, stacked).split([len(A) for A in As], dim=-1)
+
+
+class LoraDown(torch.autograd.Function):
+    """x -> x A_i^T for the A of several linears that read the same x, in one product; keeps x once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *As: Tensor) -> tuple[Tensor, ...]:
+        """[*n, i] -> one [*n, r_i] per A."""
+        ctx.save_for_backward(x, *As)
+        return products(x, As)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """dx = sum_i du_i A_i, dA_i = du_i^T x."""
+        x, *As = ctx.saved_tensors
+        du = torch.cat([rows(grad) for grad in grads], dim=1)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (du @ torch.cat([A.to(x.dtype) for A in As])).view(x.shape)
+        dAs = du.T @ rows(x)
+        return dx, *(
+            part.to(A.dtype) if needed else None
+            for part, A, needed in zip(dAs.split([len(A) for A in As]), As, ctx.needs_input_grad[1:], strict=True)
+        )
+
+
+class LoraUp(torch.autograd.Function):
+    """x, u_i -> W x + b + sum_i s_i B_i u_i with W frozen; keeps the u_i and neither x nor an update."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: nn.Module, scales: Sequence[float], *us_and_Bs: Tensor) -> Tensor:
+        """`us_and_Bs` are the u_i [*n, r_i], then the B_i [o, r_i]."""
+        ctx.linear, ctx.scales = linear, scales
+        ctx.save_for_backward(*us_and_Bs)
+        ctx.x_shape = x.shape
+        return add_updates(linear(x), scales, us_and_Bs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """dx = dy W, du_i = s_i dy B_i, dB_i = s_i dy^T u_i."""
+        dy = rows(grad)
+        dx = (dy @ weight_of(ctx.linear)).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, *update_gradients(dy, ctx.scales, ctx.saved_tensors, ctx.needs_input_grad[3:])
+
+
+def add_updates(y: Tensor, scales: Sequence[float], us_and_Bs: Sequence[Tensor]) -> Tensor:
+    """y + sum_i s_i B_i u_i, in place."""
+    flat = y.view(-1, y.shape[-1])
+    for scale, u, B in zip(scales, us_and_Bs[: len(scales)], us_and_Bs[len(scales) :], strict=True):
+        flat.addmm_(rows(u), B.to(y.dtype).T, alpha=scale)
+    return y
+
+
+def update_gradients(
+    dy: Float[Tensor, "m o"], scales: Sequence[float], us_and_Bs: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of the u_i, then of the B_i; None where not needed."""
+    us, Bs = us_and_Bs[: len(scales)], us_and_Bs[len(scales) :]
+    dus = [
+        (dy @ B.to(dy.dtype)).mul_(scale).view(u.shape) if want else None
+        for scale, u, B, want in zip(scales, us, Bs, needed, strict=False)
+    ]
+    dBs = [
+        (dy.T @ rows(u)).mul_(scale).to(B.dtype) if want else None
+        for scale, u, B, want in zip(scales, us, Bs, needed[len(scales) :], strict=True)
+    ]
+    return [*dus, *dBs]
+
+
+class GatedDown(torch.autograd.Function):
+    """act(gate) * up -> W h + b + sum_i s_i B_i A_i h with W frozen; keeps gate, up and the u_i = A_i h, not h."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        act: Callable[[Tensor], Tensor],
+        linear: nn.Module,
+        scales: Sequence[float],
+        *As_and_Bs: Tensor,
+    ) -> Tensor:
+        """`As_and_Bs` are the A_i [r_i, f], then the B_i [o, r_i]."""
+        ctx.act, ctx.linear, ctx.scales = act, linear, scales
+        h = act(gate).mul_(up)
+        As, Bs = As_and_Bs[: len(scales)], As_and_Bs[len(scales) :]
+        us = products(h, As)
+        ctx.save_for_backward(gate, up, *us, *As_and_Bs)
+        return add_updates(linear(h), scales, [*us, *Bs])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As in `LoraDown` and `LoraUp`, with h computed again."""
+        n = len(ctx.scales)
+        gate, up, *rest = ctx.saved_tensors
+        us, As, Bs = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        dy = rows(grad)
+        needed = ctx.needs_input_grad
+        gradients = update_gradients(dy, ctx.scales, [*us, *Bs], [True] * n + list(needed[5 + n :]))
+        dus = [du for du in gradients[:n] if du is not None]
+        dh = dy @ weight_of(ctx.linear)
+        for du, A in zip(dus, As, strict=True):
+            dh.addmm_(rows(du), A.to(dh.dtype))
+        with torch.enable_grad():
+            gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            h = ctx.act(gate) * up
+        dAs = [
+            (rows(du).T @ rows(h.detach())).to(A.dtype) if want else None
+            for du, A, want in zip(dus, As, needed[5 : 5 + n], strict=True)
+        ]
+        dgate = dup = None
+        if needed[0] or needed[1]:
+            dgate, dup = torch.autograd.grad(h, (gate, up), dh.view(h.shape))
+        return dgate, dup, None, None, None, *dAs, *gradients[n:]
+
+
+class Recomputed(torch.autograd.Function):
+    """An elementwise or row-wise function; keeps its inputs alone and is computed again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], num_inputs: int, *tensors: Tensor) -> Tensor:
+        """function(*inputs), where `tensors` are the inputs and then the parameters that the function reads."""
+        ctx.function, ctx.num_inputs = function, num_inputs
+        ctx.save_for_backward(*tensors)
+        return function(*tensors[:num_inputs])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The function's own gradients."""
+        n, needed = ctx.num_inputs, ctx.needs_input_grad[2:]
+        tensors = list(ctx.saved_tensors)
+        inputs = [x.detach().requires_grad_(need) for x, need in zip(tensors[:n], needed, strict=False)]
+        with torch.enable_grad():
+            output = ctx.function(*inputs)
+        wanted = [x for x, need in zip(inputs + tensors[n:], needed, strict=True) if need]
+        found = iter(torch.autograd.grad(output, wanted, grad))
+        return None, None, *(next(found) if need else None for need in needed)

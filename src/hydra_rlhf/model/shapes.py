@@ -1,0 +1,124 @@
+"""Models as shapes alone: known ones by name, any other from its config, built on the meta device without a weight."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.configuration_utils import PretrainedConfig
+
+from hydra_rlhf.config import ModelConfig
+from hydra_rlhf.errors import ModelError
+from hydra_rlhf.model.load import (
+    DTYPES,
+    SCRATCH_SHAPES,
+    attention_implementation,
+    first_line,
+    pick_device,
+    pinned_revision,
+    quantize_linears,
+    to_dtype,
+    without_dropout,
+)
+from hydra_rlhf.model.trunk import Trunk, text_config
+
+SHAPE = "shape:"
+
+
+def llama(
+    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool = False
+) -> dict[str, Any]:
+    """A Llama's config."""
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 8192,
+    }
+
+
+SHAPES: Mapping[str, dict[str, Any]] = {
+    "smollm2-135m": llama(576, 1536, 30, 9, 3, 49152, tied=True),
+    "smollm2-360m": llama(960, 2560, 32, 15, 5, 49152, tied=True),
+    "llama-3.2-1b": llama(2048, 8192, 16, 32, 8, 128256, tied=True),
+    "llama-3.2-3b": llama(3072, 8192, 28, 24, 8, 128256, tied=True),
+    "llama-2-7b": llama(4096, 11008, 32, 32, 32, 32000),
+    "llama-3-8b": llama(4096, 14336, 32, 32, 8, 128256),
+    "llama-2-13b": llama(5120, 13824, 40, 40, 40, 32000),
+    "opt-1.3b": {
+        "model_type": "opt",
+        "hidden_size": 2048,
+        "ffn_dim": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "vocab_size": 50272,
+        "word_embed_proj_dim": 2048,
+    },
+    "gpt2": {"model_type": "gpt2"},
+}
+"""Published shapes of well-known models; `plan` and `bench` take them as `shape:NAME` where no config is at hand."""
+
+
+def find_config(config: ModelConfig) -> PretrainedConfig:
+    """The config of `model.path`: a hub name, a folder, `scratch:NAME` or `shape:NAME`. Raises `ModelError`.
+
+    Reads no weight. A `scratch:` model has as many tokens as `model.scratch_vocab_size`.
+    """
+    path = config.path
+    if path.startswith("scratch:") and (shape := SCRATCH_SHAPES.get(path.removeprefix("scratch:"))):
+        known = {"model_type": "llama", "vocab_size": config.scratch_vocab_size, "tie_word_embeddings": True, **shape}
+    elif path.startswith(SHAPE):
+        known = SHAPES.get(path.removeprefix(SHAPE))
+    else:
+        try:
+            return AutoConfig.from_pretrained(
+                path, revision=pinned_revision(path, config), local_files_only=config.offline
+            )
+        except (OSError, ValueError, KeyError) as error:
+            hint = f"; known shapes are {', '.join(SHAPE + name for name in SHAPES)}"
+            raise ModelError(
+                f"model.path={path!r} has no config that can be read: {first_line(error)}{hint}"
+            ) from error
+    if known is None:
+        raise ModelError(f"model.path={path!r} is unknown; there are {', '.join(SHAPE + name for name in SHAPES)}")
+    known = dict(known)
+    return AutoConfig.for_model(known.pop("model_type"), **known)
+
+
+def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """A copy of a config with at most `num_layers` layers, and dropout off."""
+    config = type(config).from_dict(config.to_dict())
+    without_dropout(config)
+    text = text_config(config)
+    text.num_hidden_layers = min(num_layers, text.num_hidden_layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    return config
+
+
+def meta_trunk(config: PretrainedConfig, model: ModelConfig, *, num_layers: int | None = None) -> Trunk:
+    """The model of a config on the meta device, with `num_layers` layers instead of its own."""
+    config = with_layers(config, num_layers or text_config(config).num_hidden_layers)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config, attn_implementation=attention_implementation(config))
+    trunk = Trunk(to_dtype(built, DTYPES[model.dtype]))
+    if model.quantization != "none":
+        quantize_linears(trunk, model.quantization)
+    return trunk
+
+
+def random_trunk(config: PretrainedConfig, model: ModelConfig) -> Trunk:
+    """The model of a config with random weights, for measuring: sizes matter, numbers do not."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        built = AutoModelForCausalLM.from_config(config, attn_implementation=attention_implementation(config))
+    trunk = Trunk(to_dtype(built, DTYPES[model.dtype]))
+    device = pick_device(model.device)
+    if model.quantization != "none":
+        quantize_linears(trunk, model.quantization, device=device)
+    return trunk.to(device)

@@ -1,0 +1,113 @@
+"""Take a stage's limits from the memory plan: decided once from what the stage really works on, and kept in the run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hydra_rlhf.config import HydraSFTConfig, MemoryConfig, ModelConfig, PPOConfig, Recipe
+from hydra_rlhf.config_checks import parse_bytes
+from hydra_rlhf.data.formats import TokenizedPrompt
+from hydra_rlhf.errors import ConfigError
+from hydra_rlhf.memory.budget import tensor_budget
+from hydra_rlhf.memory.decide import Decision, decide_ppo, decide_stage1, planner_of, workload_of
+from hydra_rlhf.memory.measure import count_tensor_bytes
+from hydra_rlhf.memory.plan import Workload
+from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.runtime.run import Run
+from hydra_rlhf.stages.examples import Example, longest
+from hydra_rlhf.stages.limits import StageLimits
+
+PLAN_FILE = "memory_plan.json"
+"""In the run folder: {stage: decision}; a resumed run takes its limits from it, whatever is free by then."""
+
+
+def settle_ppo(recipe: Recipe, model: HydraModel, prompts: Sequence[TokenizedPrompt], run: Run | None) -> StageLimits:
+    """Limits of stage 2, and its layers set to be recomputed as the plan says. Raises `ConfigError`: see `settle`."""
+    work = workload_of(recipe)
+    work = replace(work, prompt_tokens=max(len(prompt.prompt_ids) for prompt in prompts))
+    return settle(recipe, model, "ppo", work, run)
+
+
+def settle_stage1(
+    recipe: Recipe, model: HydraModel, stage: str, examples: Sequence[Example], run: Run | None
+) -> StageLimits:
+    """Limits of a stage-1 model, as `settle_ppo`."""
+    prompt, response = longest(examples)
+    work = replace(
+        workload_of(recipe),
+        prompt_tokens=prompt,
+        data_response_tokens=response,
+        batch_size=getattr(recipe, stage).batch_size,
+    )
+    return settle(recipe, model, stage, work, run)
+
+
+def settle(recipe: Recipe, model: HydraModel, stage: str, work: Workload, run: Run | None) -> StageLimits:
+    """Decide, or read what an earlier process of the run decided, and make the model follow it.
+
+    Raises `ConfigError` where a named budget cannot be kept. With `memory.budget=auto` the smallest settings are tried.
+    """
+    known: dict[str, Any] = run.read_json(PLAN_FILE) if run is not None and (run.folder / PLAN_FILE).exists() else {}
+    if stage not in known:
+        known[stage] = decide(recipe, model, stage, work)
+        if run is not None:
+            run.write_json(PLAN_FILE, known)
+    chosen = known[stage]
+    model.logit_tile_bytes = parse_bytes(recipe.memory.logit_tile)
+    if chosen["checkpointed_layers"]:
+        model.enable_checkpointing(chosen["checkpointed_layers"], offload=offloads(recipe.memory, model))
+    return StageLimits(micro_batch_tokens=chosen["micro_batch_tokens"], rollout_rows=chosen["rollout_rows"])
+
+
+def decide(recipe: Recipe, model: HydraModel, stage: str, work: Workload) -> dict[str, Any]:
+    """The decision on one stage as it is kept: limits, planned bytes per phase, options, budget."""
+    trunk = model.trunk(next(iter(model.trunks)))
+    settings = getattr(recipe, stage)
+    planner = planner_of(recipe, trunk.model.config, work, optimizer=settings.optimizer, below=bool(trunk.switch.below))
+    held = count_tensor_bytes([*model.parameters(), *model.buffers()])
+    budget = tensor_budget(recipe.memory, model.device, held=held)
+    if stage == "ppo":
+        decision = decide_ppo(planner, recipe, model.table, budget)
+    else:
+        decision = decide_stage1(planner, recipe, stage, budget, lora=settings.tuning == "lora")
+    if not decision.fits and recipe.memory.budget != "auto":
+        raise ConfigError(refusal(recipe, stage, decision))
+    return decision.as_dict() | {"budget": budget}
+
+
+def refusal(recipe: Recipe, stage: str, decision: Decision) -> str:
+    """Why a stage cannot keep its budget, and what to do."""
+    needed = decision.chosen.peak / 2**30
+    return (
+        f"memory.budget={recipe.memory.budget}: the stage {stage} needs {needed:.2f} GiB of tensors at least, besides "
+        "about 0.44 GiB of the process; raise it, leave micro_batch_tokens, batch_rows and memory.checkpointing to the "
+        "plan, or see what `hydra-rlhf plan` says would fit"
+    )
+
+
+def offloads(memory: MemoryConfig, model: HydraModel) -> bool:
+    """`memory.offload`, which is for CUDA. Raises `ConfigError` elsewhere."""
+    if memory.offload and model.device.type != "cuda":
+        raise ConfigError(
+            "memory.offload=true moves what is kept from a CUDA device to the host, but this run is on "
+            f"{model.device.type}; remove it"
+        )
+    return memory.offload
+
+
+def recipe_of(
+    model: HydraModel, memory: MemoryConfig, *, ppo: PPOConfig | None = None, hydra_sft: HydraSFTConfig | None = None
+) -> Recipe:
+    """What the plan has to know of a model that is there without a recipe, and of the stage it is to go through."""
+    trunk = model.trunk(next(iter(model.trunks)))
+    quantization = trunk.quantized.quantization if trunk.quantized is not None else "none"
+    dtype = str(trunk.dtype).removeprefix("torch.")
+    base: Mapping[str, Any] = {"path": "in-memory", "dtype": dtype, "quantization": quantization}
+    return Recipe(
+        name="in-memory",
+        model=ModelConfig(**base),
+        lora=model.lora,
+        memory=memory,
+        ppo=ppo or PPOConfig(),
+        hydra_sft=hydra_sft or HydraSFTConfig(),
+    )

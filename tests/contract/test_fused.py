@@ -1,0 +1,189 @@
+"""Fused layers against the plain ones they stand for: equal outputs, equal gradients, and fewer bytes kept."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from contract.tiny import CONFIGS, LORA, ragged_batch
+from hydra_rlhf.model import attention
+from hydra_rlhf.model.load import attention_implementation, to_dtype, without_dropout
+from hydra_rlhf.model.lora import LoraLinear
+from hydra_rlhf.model.trunk import Trunk
+
+FAMILIES = [name for name in CONFIGS if name != "gemma2"]  # its attention mask overflows in float64
+
+
+def plain_lora(self: LoraLinear, x: Tensor) -> Tensor:
+    """The reference: y + scale * B A x, by autograd."""
+    y = self.linear(x)
+    for name in self.switch.stack:
+        A, B = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
+        y = y + self.scale[name] * F.linear(F.linear(x, A), B)
+    return y
+
+
+def trunk_of(family: str, dtype: torch.dtype, *, plain: bool, targets: tuple[str, ...] = ("all-linear",)) -> Trunk:
+    """A random model with two LoRA sets that do something; `plain`: transformers' own modules and `sdpa`."""
+    config = copy.deepcopy(CONFIGS[family])
+    without_dropout(config)
+    torch.manual_seed(0)
+    implementation = "sdpa" if plain else attention_implementation(config)
+    trunk = Trunk(to_dtype(AutoModelForCausalLM.from_config(config, attn_implementation=implementation), dtype))
+    for name in ("below", "actor"):
+        trunk.add_adapter(name, rank=3, alpha=6.0, targets=targets, dtype=dtype, seed_of=lambda path: len(path))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in trunk.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0.0, 0.3, generator=generator)
+    if plain:
+        for module in trunk.modules():
+            if "forward" in vars(module):
+                del module.forward
+        for linear in trunk.lora_linears.values():
+            linear.forward = partial(plain_lora, linear)
+    return trunk
+
+
+def gradients(trunk: Trunk, adapter: str, trained: Callable[[Trunk], dict[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """Output and gradients of a loss over the real tokens."""
+    batch = ragged_batch()
+    trunk.requires_grad_(False)
+    parameters = trained(trunk)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    hidden = trunk.hidden_states(batch.tokens, batch.attention_mask, adapter=adapter)[batch.attention_mask]
+    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view(hidden.shape)
+    (hidden * weights).sum().backward()
+    found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    return {"output": hidden.detach(), **found}
+
+
+def lora_set(trunk: Trunk) -> dict[str, nn.Parameter]:
+    """The actor's LoRA set."""
+    return trunk.adapter_parameters("actor")
+
+
+def all_weights(trunk: Trunk) -> dict[str, nn.Parameter]:
+    """Every weight of the base."""
+    return trunk.base_parameters()
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Equal to `tolerance` of each tensor's largest entry."""
+    assert found.keys() == expected.keys()
+    for name, reference in expected.items():
+        error = (found[name] - reference).abs().max()
+        assert error <= tolerance * reference.abs().max().clamp(min=1e-30), name
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "v_proj")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_adapter_gradients_equal_the_plain_layers(family: str, targets: tuple[str, ...]) -> None:
+    """In float64 to 1e-10, with one LoRA set and with two stacked; the output in float32 bit for bit without one."""
+    if family == "gpt2" and targets != ("all-linear",):
+        targets = ("c_attn",)
+    make = partial(trunk_of, family, torch.float64, targets=targets)
+    assert_equal(gradients(make(plain=False), "actor", lora_set), gradients(make(plain=True), "actor", lora_set), 1e-10)
+    stacked = [make(plain=plain) for plain in (False, True)]
+    for trunk in stacked:
+        trunk.keep_below("below")
+    found, expected = (gradients(trunk, "actor", lora_set) for trunk in stacked)
+    assert_equal(found, expected, 1e-10)
+    alone = gradients(make(plain=False), "actor", lora_set)
+    assert not torch.allclose(found["output"], alone["output"]), "the set below the actor's changes nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_models_train_as_plain_ones(family: str) -> None:
+    """Full fine-tuning runs through the same norms and MLPs."""
+    found = gradients(trunk_of(family, torch.float64, plain=False), None, all_weights)  # pyright: ignore
+    expected = gradients(trunk_of(family, torch.float64, plain=True), None, all_weights)  # pyright: ignore
+    assert_equal(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_lora_off_is_the_plain_model_bit_for_bit(family: str, dtype: torch.dtype) -> None:
+    """Nothing that is fused may change what the base computes."""
+    batch = ragged_batch()
+    config = copy.deepcopy(CONFIGS[family])
+    without_dropout(config)
+    torch.manual_seed(0)
+    model = to_dtype(
+        AutoModelForCausalLM.from_config(config, attn_implementation=attention_implementation(config)), dtype
+    )
+    reference = copy.deepcopy(model)
+    if model.config._attn_implementation == attention.NAME:
+        reference.set_attn_implementation("sdpa")
+    trunk = Trunk(model)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            found = trunk.hidden_states(batch.tokens, batch.attention_mask, adapter=None)
+            expected = reference.base_model(
+                input_ids=batch.tokens,
+                attention_mask=batch.attention_mask.long(),
+                position_ids=(batch.attention_mask.long().cumsum(1) - 1).clamp(min=0),
+            ).last_hidden_state
+            assert torch.equal(found[batch.attention_mask], expected[batch.attention_mask])
+
+
+def kept_bytes(trunk: Trunk, num_tokens: int) -> float:
+    """Bytes of activations that autograd keeps per token, each storage once, weights and masks left out."""
+    known = {p.untyped_storage().data_ptr() for p in [*trunk.parameters(), *trunk.buffers()]}
+    seen: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known and x.dim() > 1:
+            seen[storage.data_ptr()] = storage.nbytes()
+        alive.append(x)
+        return x
+
+    alive: list[Any] = []
+    tokens = torch.zeros(1, num_tokens, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        hidden = trunk.hidden_states(tokens, torch.ones_like(tokens, dtype=torch.bool), adapter="actor")
+    del hidden
+    return sum(seen.values()) / num_tokens
+
+
+def ideal_bytes(config: LlamaConfig, rank: int, width: int, *, all_linear: bool) -> int:
+    """What a layer must keep per token: its input, the LoRA inputs, q, k, v, the attention's output, gate and up."""
+    d, ff = config.hidden_size, config.intermediate_size
+    head = d // config.num_attention_heads
+    q, k = config.num_attention_heads * head, config.num_key_value_heads * head
+    kept = d + d + q + 2 * k + q + d + 2 * ff + 4 * rank
+    return width * (kept + (d + ff + 3 * rank if all_linear else 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", [("q_proj", "k_proj", "v_proj", "o_proj"), ("all-linear",)])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_a_layer_keeps_no_more_than_it_must(dtype: torch.dtype, targets: tuple[str, ...], kv_heads: int) -> None:
+    """At most 1.10 times the ideal, measured with saved-tensor hooks between two depths; adapters are float32."""
+    per_depth = []
+    for num_layers in (2, 4):
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=num_layers,
+            num_attention_heads=8,
+            num_key_value_heads=kv_heads,
+        )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+        trunk = Trunk(to_dtype(model, dtype))
+        trunk.add_adapter("actor", rank=LORA.rank, alpha=4.0, targets=targets, dtype=torch.float32, seed_of=len)
+        per_depth.append(kept_bytes(trunk, 256))
+    kept = (per_depth[1] - per_depth[0]) / 2
+    ideal = ideal_bytes(config, LORA.rank, dtype.itemsize, all_linear=len(targets) == 1)
+    assert kept <= 1.10 * ideal, f"{kept:.0f} bytes per token and layer, {kept / ideal:.3f} of the ideal"
+    assert kept >= 0.7 * ideal, "fewer bytes than backward needs: the measurement misses something"

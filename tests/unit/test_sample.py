@@ -1,0 +1,104 @@
+"""Drawing tokens: by hand, and in tiles the same draws as all at once, with no tensor above the tile's bytes."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hydra_rlhf.config import SamplingConfig
+from hydra_rlhf.model import sample
+from hydra_rlhf.model.heads import LMHead
+
+VOCAB = 50
+PLAIN = SamplingConfig()
+CONFIGS = [
+    PLAIN,
+    SamplingConfig(temperature=0.7),
+    SamplingConfig(top_k=5),
+    SamplingConfig(top_p=0.6, temperature=1.5),
+]
+IDS = ["plain", "temperature", "top_k", "top_p"]
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most bytes of any tensor made inside the block."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor):
+                self.num_bytes = max(self.num_bytes, tensor.numel() * tensor.element_size())
+        return made
+
+
+def whole_numbers(*shape: int, seed: int) -> Tensor:
+    """Small whole numbers: their products and sums are exact, so logits do not depend on how rows are tiled."""
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def head_and_states(num_rows: int) -> tuple[LMHead, Tensor, Tensor]:
+    """A head, states and one uniform number per row."""
+    head = LMHead(weight=whole_numbers(VOCAB, 8, seed=1), bias=None, softcap=None, scale=0.25)
+    uniforms = torch.rand(num_rows, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return head, whole_numbers(num_rows, 8, seed=2), uniforms
+
+
+def plain_draw(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> Tensor:
+    """All rows at once, each step a tensor of its own."""
+    cumulative = sample.restrict(logits / config.temperature, config).double().softmax(-1).cumsum(-1)
+    at = uniforms.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True).squeeze(1).clamp(max=VOCAB - 1)
+
+
+def test_draws_invert_the_cumulative_distribution():
+    # Shares 1/2, 1/4, 1/4: 0.49 is in the first, 0.51 in the second, 0.76 in the third.
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(3, -1)
+    drawn = sample.draw(logits, torch.tensor([0.49, 0.51, 0.76]), PLAIN)
+    assert drawn.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+@pytest.mark.parametrize("num_rows_per_tile", [1, 3, 16, 1000])
+def test_tiles_draw_what_all_rows_at_once_draw(config, num_rows_per_tile):
+    head, states, uniforms = head_and_states(40)
+    expected = plain_draw(head.logits(states), uniforms, config)
+    tile_bytes = num_rows_per_tile * VOCAB * sample.DRAW_BYTES
+    nothing = torch.tensor([], dtype=torch.long)
+    drawn = sample.draw_in_tiles(head, states, uniforms, config, forbidden=nothing, tile_bytes=tile_bytes)
+    assert drawn.tolist() == expected.tolist()
+    assert len(set(drawn.tolist())) > 3
+
+
+def test_forbidden_ids_are_never_drawn():
+    head, states, uniforms = head_and_states(40)
+    everything = sample.draw_in_tiles(
+        head, states, uniforms, PLAIN, forbidden=torch.tensor([], dtype=torch.long), tile_bytes=10**6
+    )
+    likely = torch.tensor(everything.unique().tolist()[:3])
+    drawn = sample.draw_in_tiles(head, states, uniforms, PLAIN, forbidden=likely, tile_bytes=900)
+    assert not torch.isin(drawn, likely).any()
+    assert torch.isin(everything, likely).any()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_no_tensor_of_a_draw_is_larger_than_a_tile(config):
+    """Sixty-four rows whose float64 probabilities would take 25,600 bytes, in a tile of 4,000."""
+    head, states, uniforms = head_and_states(64)
+    nothing = torch.tensor([], dtype=torch.long)
+    with LargestTensor() as largest:
+        sample.draw_in_tiles(head, states, uniforms, config, forbidden=nothing, tile_bytes=4000)
+    assert 0 < largest.num_bytes <= 4000
+    with LargestTensor() as untiled:
+        sample.draw(head.logits(states), uniforms, config)
+    assert untiled.num_bytes >= 64 * VOCAB * 8
+
+
+def test_a_draw_leaves_its_logits_as_they_were():
+    head, states, uniforms = head_and_states(4)
+    logits = head.logits(states)
+    before = logits.clone()
+    sample.draw(logits, uniforms, SamplingConfig(temperature=0.5, top_k=3))
+    assert_close(logits, before, atol=0, rtol=0)
