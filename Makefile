@@ -23,11 +23,15 @@ else
 CONSTRAINTS := -c constraints/cpu.txt -c constraints/tested.txt
 endif
 
-.PHONY: help setup demo test lint types format clean
+# Picks, in the shell variable `index`, where the CPU build of torch comes from.
+FIND_INDEX = index="$(TORCH_INDEX)"; \
+	if [ -z "$$index" ] && $(PYTHON) -c '$(ANSWERS)' "$(TORCH_CPU_INDEX)" 2>/dev/null; then index="$(TORCH_CPU_INDEX)"; fi
+
+.PHONY: help setup demo test lint types format bench-peers bench-memory clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
 setup: $(READY) ## make .venv and install everything into it
 
@@ -48,8 +52,13 @@ format: $(READY) ## format the code and mend what lint can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+bench-peers: .venv-bench/.ready .venv-trl/.ready .venv-agilerl/.ready ## environments of the memory benchmark (13 GB)
+
+bench-memory: $(READY) bench-peers ## the memory benchmark: about an hour on two quiet cores
+	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory.json --hydra-python .venv-bench/bin/python
+
 clean: ## remove .venv, builds and caches; run folders stay
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-trl .venv-agilerl build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up is taken up again.
@@ -62,11 +71,26 @@ $(READY): pyproject.toml $(wildcard constraints/*.txt)
 ifdef NVIDIA_DRIVER
 	$(PIP) install --quiet $(CONSTRAINTS) torch
 else
-	@index="$(TORCH_INDEX)"; \
-	if [ -z "$$index" ] && $(PYTHON) -c '$(ANSWERS)' "$(TORCH_CPU_INDEX)" 2>/dev/null; then index="$(TORCH_CPU_INDEX)"; fi; \
-	echo "No NVIDIA driver here: installing torch's CPU build from $${index:-the index pip is configured for}"; \
+	@$(FIND_INDEX); echo "No NVIDIA driver here: installing torch's CPU build from $${index:-the index pip is configured for}"; \
 	$(PIP) install --quiet $(CONSTRAINTS) torch $${index:+--extra-index-url "$$index"}
 endif
 	$(PIP) install --quiet $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 	@echo "Ready. Use .venv/bin/hydra-rlhf, or first: source .venv/bin/activate"
+
+# This package as `pip install hydra-rlhf` brings it, without development tools, which cost memory where they are found.
+.venv-bench/.ready: pyproject.toml $(wildcard constraints/*.txt)
+	$(PYTHON) -m venv .venv-bench
+	@$(FIND_INDEX); .venv-bench/bin/pip install --quiet -c constraints/cpu.txt -c constraints/tested.txt \
+		--editable . $${index:+--extra-index-url "$$index"}
+	@touch $@
+
+.venv-trl/.ready: benchmarks/peers/trl.txt
+	$(PYTHON) -m venv .venv-trl
+	@$(FIND_INDEX); .venv-trl/bin/pip install --quiet -r $< $${index:+--extra-index-url "$$index"}
+	@touch $@
+
+.venv-agilerl/.ready: benchmarks/peers/agilerl.txt
+	$(PYTHON) -m venv .venv-agilerl
+	.venv-agilerl/bin/pip install --quiet -r $<
+	@touch $@

@@ -3,7 +3,8 @@
     python benchmarks/memory.py --out benchmarks/results/memory.json
 
 Each part can be run alone (`--part kept`); the others' results stay in the file. Weights are random and made anew in a
-temporary folder. The peers' environments come from `make bench-peers`.
+temporary folder. The peers' environments, and one of this package without development tools, come from
+`make bench-peers`.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def peers(args: argparse.Namespace, work: Path, workload: Workload) -> dict[str,
 
 
 def tensor_bytes(args: argparse.Namespace, work: Path, workload: Workload, run: str, policy: str) -> dict[str, Any]:
-    """Peak tensor bytes of one run of this program in a process of its own; two updates hold all that any later does."""
+    """Peak tensor bytes of one run of this program in its own process; two updates hold all that later ones do."""
     options = replace(workload, updates=2).peer_options()
     command = [sys.executable, str(HERE / "memory_tensors.py"), str(work), run, "--checkpointing", policy, *options]
     return last_json(run_measured(command, threads=args.threads).output) | {"checkpointing": policy}

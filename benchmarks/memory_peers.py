@@ -60,8 +60,10 @@ def measure_peers(
             run = run_system(work, workload, pythons, system, repeat, threads=threads, budget=budget)
             runs[system].append(run)
             print(f"{system} {repeat + 1}/{repeats}: {run['peak_rss_mib']:.0f} MiB, {run['s_per_sample']:.2f} s/sample")
+    environments = {name: pythons.of(name) for name in dict.fromkeys(s.partition("-")[0] for s in chosen)}
     return {
-        "versions": {name: versions(pythons.of(name)) for name in dict.fromkeys(s.partition("-")[0] for s in chosen)},
+        "versions": {name: versions(python) for name, python in environments.items()},
+        "imports_rss_mib": {name: imports_rss_mib(python, threads) for name, python in environments.items()},
         **summarise(runs),
         "runs": runs,
     }
@@ -114,10 +116,10 @@ def read_steps(steps: Sequence[dict[str, Any]], workload: Workload) -> dict[str,
     return seconds | {"memory_metrics": last}
 
 
-def chosen_settings(folder: Path) -> Any:
-    """What the run's plan decided, where it wrote that down."""
-    path = folder / "machine.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def chosen_settings(folder: Path) -> dict[str, Any]:
+    """What the run's memory plan decided for PPO, and the peak of tensors that it expected."""
+    decided = json.loads((folder / "memory_plan.json").read_text(encoding="utf-8"))["ppo"]
+    return {name: value for name, value in decided.items() if name not in ("phases", "options")}
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -161,3 +163,8 @@ def versions(python: str) -> dict[str, str]:
     done = subprocess.run([python, "-c", VERSIONS_PROBE], capture_output=True, text=True, check=True)
     found = last_json(done.stdout)
     return {name: found[name] for name in ("python", *PACKAGES) if name in found}
+
+
+def imports_rss_mib(python: str, threads: int) -> float:
+    """What torch and transformers alone take in an environment: the part of every peak that no trainer decides."""
+    return run_measured([python, "-c", "import torch, transformers.modeling_utils"], threads=threads).peak_rss_mib

@@ -70,8 +70,13 @@ def add_recipe_commands(commands: Any) -> None:
     command.add_argument("--fresh", action="store_true", help="delete an earlier demo run first")
     command.set_defaults(command=demo, takes_settings=True)
     text = "what each method needs, per phase, and what fits; reads the model's config and no weight"
-    command = commands.add_parser("plan", help=text, description=text, epilog=epilog)
-    command.add_argument("recipe", type=Path, nargs="?", help="YAML file (default: the defaults of every setting)")
+    command = commands.add_parser(
+        "plan",
+        help=text,
+        description=f"{text}. RECIPE: YAML file, the first word after `plan` (default: every setting's default)",
+        epilog=epilog,
+        usage="hydra-rlhf plan [RECIPE] [--model MODEL] [--budget BYTES] [--method METHOD] [--probe] [--json]",
+    )
     command.add_argument("--model", help="hub name, folder, scratch:NAME or shape:NAME (e.g. shape:llama-2-7b)")
     command.add_argument("--budget", help="bytes to stay within, e.g. 24GiB (default: what is free here)")
     command.add_argument("--method", action="append", help="plan this method only (repeatable)")
@@ -168,7 +173,7 @@ def plan(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(planned, indent=1))
     else:
-        print_plan(planned)
+        print_plan(planned, detailed=args.method or [recipe.method])
 
 
 def settings(args: argparse.Namespace) -> None:
@@ -256,8 +261,10 @@ def planned_recipe(args: argparse.Namespace) -> "Recipe":
 
     short = [("--model.path", args.model), ("--memory.budget", args.budget)]
     options = [word for name, value in short if value is not None for word in (name, value)]
-    recipe = Recipe(name="plan") if args.recipe is None else args.recipe
-    return recipe_with_overrides(recipe, [*options, *args.overrides])
+    # An optional positional argument of argparse would also take the value of a setting that argparse does not know.
+    has_file = bool(args.overrides) and not args.overrides[0].startswith("-")
+    recipe = Path(args.overrides[0]) if has_file else Recipe(name="plan")
+    return recipe_with_overrides(recipe, [*options, *args.overrides[has_file:]])
 
 
 def recipe_with_overrides(source: "Path | Recipe", overrides: Sequence[str]) -> "Recipe":

@@ -61,7 +61,7 @@ def outputs(workplace: Path) -> dict[str, str]:
 
 
 def test_there_are_commands_for_every_kind_of_use() -> None:
-    assert {words[0] for words in COMMANDS} == {"data", "run", "sample", "eval", "report", "export"}
+    assert {words[0] for words in COMMANDS} == {"data", "run", "sample", "eval", "report", "export", "plan"}
     assert {words[1] for words in COMMANDS if words[0] == "run"} == set(SMALLER)
 
 
@@ -74,6 +74,14 @@ def test_own_data_and_model(outputs: dict[str, str], workplace: Path) -> None:
     data = json.loads((run / "data.json").read_text())
     assert data["train"]["rows_used"] + data["test"]["rows_used"] == 40
     assert (run / "hydra_sft" / "reward_head.safetensors").is_file()
+
+
+def test_the_plan_says_what_fits(outputs: dict[str, str]) -> None:
+    (planned,) = (text for words, text in outputs.items() if words.startswith("plan "))
+    verdict = " ".join(planned.split("LoRA rank")[0].split())
+    assert re.match(r"hydra-ppo fits \d+ GiB: [\d.]+ GiB at its largest phase", verdict)
+    assert re.search(r"micro-batches of [\d,]+ tokens", verdict)
+    assert "full SFT" in planned
 
 
 def test_quick_run_is_summarised_sampled_and_evaluated(outputs: dict[str, str], workplace: Path) -> None:

@@ -1,6 +1,6 @@
 """From a recipe to the limits of its stages: what `hydra-rlhf plan` prints is what the trainer takes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -40,6 +40,16 @@ class Decision:
             "phases": {name: dict(parts) for name, parts in self.chosen.phases.items()},
             "options": [{"peak": o.peak, "relative_time": o.relative_time, **cuts_dict(o.cuts)} for o in self.options],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """Something to set so that less memory is needed."""
+
+    text: str
+    """What to set."""
+    change: Callable[[Recipe], Recipe]
+    """The recipe with that set."""
 
 
 def cuts_dict(cuts: Cuts) -> dict[str, int]:
@@ -139,10 +149,12 @@ def decide_method(
     budget: int,
     corrections: Mapping[str, float] = NO_CORRECTIONS,
 ) -> Mapping[str, Decision]:
-    """Every stage of a method: {stage-1 model or `ppo`: decision}."""
+    """Every stage that a method has to go through: {stage-1 model or `ppo`: decision}."""
     work = workload_of(recipe)
     decisions: dict[str, Decision] = {}
     for stage in stage1_models(table):
+        if getattr(recipe.start, stage) is not None:
+            continue  # given, not trained
         settings = getattr(recipe, stage)
         planner = planner_of(
             recipe,
@@ -186,47 +198,49 @@ def trains_adapters(table: RoleTable) -> bool:
     return all(table[role].adapter is not None for role in TRAINABLE_ROLES if role in table)
 
 
-def relaxed(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """The recipe with what it says about cutting its work left to the plan, where it says anything, and what to set."""
-    said: list[str] = []
-    for stage in (*stage1_models(ROLES[recipe.method]), "ppo"):
-        settings = getattr(recipe, stage)
-        if settings.micro_batch_tokens is not None:
-            said.append(f"{stage}.micro_batch_tokens=null")
-            recipe = replace(recipe, **{stage: replace(settings, micro_batch_tokens=None)})
-    if recipe.ppo.sampling.batch_rows is not None:
-        said.append("ppo.sampling.batch_rows=null")
-        recipe = replace(recipe, ppo=replace(recipe.ppo, sampling=replace(recipe.ppo.sampling, batch_rows=None)))
-    if recipe.memory.checkpointing == "none":
-        said.append("memory.checkpointing=auto")
-        recipe = replace(recipe, memory=replace(recipe.memory, checkpointing="auto"))
-    if said:
-        yield ", ".join(said), recipe
+def relaxed(recipe: Recipe) -> Remedy | None:
+    """Leaving to the plan what a recipe says about cutting its work; None where it says nothing."""
+    stages = [
+        s for s in (*stage1_models(ROLES[recipe.method]), "ppo") if getattr(recipe, s).micro_batch_tokens is not None
+    ]
+    said = [f"{stage}.micro_batch_tokens" for stage in stages]
+    said += ["ppo.sampling.batch_rows"] if recipe.ppo.sampling.batch_rows is not None else []
+    said += ["memory.checkpointing"] if recipe.memory.checkpointing == "none" else []
+
+    def change(recipe: Recipe) -> Recipe:
+        for stage in stages:
+            recipe = replace(recipe, **{stage: replace(getattr(recipe, stage), micro_batch_tokens=None)})
+        sampling = replace(recipe.ppo.sampling, batch_rows=None)
+        checkpointing = "auto" if recipe.memory.checkpointing == "none" else recipe.memory.checkpointing
+        memory = replace(recipe.memory, checkpointing=checkpointing)
+        return replace(recipe, ppo=replace(recipe.ppo, sampling=sampling), memory=memory)
+
+    return Remedy(f"{' and '.join(said)} left to the plan", change) if said else None
 
 
-def remedies(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """Changes that need less memory, each on top of the ones before, as (what to set, the changed recipe)."""
-    said: list[str] = []
+def remedies(recipe: Recipe) -> list[Remedy]:
+    """Settings that a recipe does not have yet and that need less memory, those that change least first."""
     table = ROLES[recipe.method]
-
-    def changed(text: str, **changes: Any) -> Recipe:
-        said.append(text)
-        return replace(recipe, **changes)
-
+    found: list[Remedy] = []
     if recipe.model.dtype == "float32":
-        recipe = changed("model.dtype=bfloat16", model=replace(recipe.model, dtype="bfloat16"))
-        yield ", ".join(said), recipe
-    if trains_adapters(table):
-        for stage in stage1_models(table):
-            if getattr(recipe, stage).tuning == "full":
-                recipe = changed(f"{stage}.tuning=lora", **{stage: replace(getattr(recipe, stage), tuning="lora")})
-                yield ", ".join(said), recipe
-        if recipe.model.quantization != "nf4":
-            recipe = changed("model.quantization=nf4", model=replace(recipe.model, quantization="nf4"))
-            yield ", ".join(said), recipe
+        found.append(setting("model", dtype="bfloat16"))
+    if recipe.model.quantization == "none":  # on a packed base stage 1 trains a LoRA set anyway
+        full = [stage for stage in stage1_models(table) if getattr(recipe, stage).tuning == "full"]
+        found += [setting(stage, tuning="lora") for stage in full]
+    if trains_adapters(table) and recipe.model.quantization != "nf4":
+        found.append(setting("model", quantization="nf4"))
     if recipe.ppo.optimizer == "adamw":
-        recipe = changed("ppo.optimizer=adamw-8bit", ppo=replace(recipe.ppo, optimizer="adamw-8bit"))
-        yield ", ".join(said), recipe
+        found.append(setting("ppo", optimizer="adamw-8bit"))
+    return found
+
+
+def setting(section: str, **changes: Any) -> Remedy:
+    """Another value of one setting."""
+    ((name, value),) = changes.items()
+    return Remedy(
+        f"{section}.{name}={value}",
+        lambda recipe: replace(recipe, **{section: replace(getattr(recipe, section), **changes)}),
+    )
 
 
 @dataclass(frozen=True, slots=True)

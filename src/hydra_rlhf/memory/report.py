@@ -13,6 +13,7 @@ from hydra_rlhf.memory.choose import MAX_MICRO_BATCH_TOKENS
 from hydra_rlhf.memory.decide import (
     NO_CORRECTIONS,
     Decision,
+    Remedy,
     decide_method,
     decide_stage1,
     phases_of,
@@ -136,13 +137,25 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 def find_remedy(
     recipe: Recipe, config: PretrainedConfig, table: RoleTable, budget: int, corrections: Mapping[str, float]
 ) -> str:
-    """The settings that would make a method fit, or that none of those known does."""
-    needed, tried = 0, ""
-    for text, changed in (("", recipe), *remedies(recipe)):
-        for freed, candidate in (("", changed), *relaxed(changed)):
-            tried = ", ".join(part for part in (text, freed) if part)
-            decisions = decide_method(candidate, config, table, budget, corrections)
-            if all(decision.fits for decision in decisions.values()):
-                return f"fits with {tried}"
-            needed = peak(phases_of(decisions)) + PROCESS_BYTES
-    return f"no setting makes it fit: {'with ' + tried if tried else 'as it is'} it needs {needed / 2**30:.1f} GiB"
+    """The settings that would make a method fit, none of them needless, or that none of those known does."""
+
+    def needed(changes: list[Remedy]) -> int:
+        """Bytes with these changes; 0 where they fit."""
+        changed = recipe
+        for remedy in changes:
+            changed = remedy.change(changed)
+        decisions = decide_method(changed, config, table, budget, corrections)
+        return 0 if all(decision.fits for decision in decisions.values()) else peak(phases_of(decisions))
+
+    steps, freeing = remedies(recipe), relaxed(recipe)
+    attempts = [steps[:count] + more for count in range(len(steps) + 1) for more in ([], [freeing] if freeing else [])]
+    changes = next((changes for changes in attempts if not needed(changes)), None)
+    if changes is None:
+        names = ", ".join(remedy.text for remedy in attempts[-1])
+        with_all = f"with {names}" if names else "as it is"
+        return f"no setting makes it fit; {with_all} it needs {(needed(attempts[-1]) + PROCESS_BYTES) / 2**30:.1f} GiB"
+    for remedy in list(changes):  # a later change may have made an earlier one needless
+        without = [other for other in changes if other is not remedy]
+        if without and not needed(without):
+            changes = without
+    return f"fits with {', '.join(remedy.text for remedy in changes)}"

@@ -1,101 +1,188 @@
-"""The memory plan on the terminal: what each phase of each method holds, and the options it was decided from."""
+"""The memory plan on the terminal: a verdict, what each phase of each method holds, and what it was decided from."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-PARTS = ("weights", "adapters", "gradients", "optimizer", "batch", "cache", "activations", "logits")
-GIB = 2**30
+from hydra_rlhf.memory.count import PARTS
+from hydra_rlhf.reporting.tables import byte_unit
+
+WIDE = 96
+"""Columns from which tables are set with more space."""
+SHORT = {"adapters": "adapt.", "gradients": "grad.", "optimizer": "optim.", "activations": "activ."}
+"""Headings of parts where their names are too long for a terminal of 80 columns."""
+LEGEND = (
+    "micro-batch: padded tokens per forward of stage 2 · rows: responses decoded together · recomputed: layers run "
+    "again in backward (activation checkpointing)"
+)
 
 
-def print_plan(plan: Mapping[str, Any]) -> None:
-    """Methods with their largest phase, the phases of each, and how the chosen settings were found."""
+def print_plan(plan: Mapping[str, Any], detailed: Collection[str]) -> None:
+    """A verdict, one row per method, the phases of each, and for the methods `detailed` how settings were found."""
     console = Console(highlight=False)
-    work = plan["workload"]
-    quantized = "" if plan["quantization"] == "none" else f", {plan['quantization']} base"
-    console.print(
-        f"{plan['model']} ({plan['num_layers']} layers, {plan['dtype']}{quantized}), LoRA rank {plan['lora']['rank']} "
-        f"on {' '.join(plan['lora']['targets'])}; rollout {work['num_sequences']} x ({work['prompt_tokens']} + "
-        f"{work['response_tokens']}) tokens, minibatch {work['minibatch_size']}"
-    )
-    console.print(f"budget {plan['budget']}: {gib(plan['tensor_budget'])} GiB for tensors")
-    console.print(methods_table(plan))
+    console.print(Text(verdict(plan), style="bold"))
+    console.print(Text(what_is_planned(plan), style="dim"))
+    console.print()
+    console.print(methods_table(plan, console.width))
+    console.print(Text(LEGEND, style="dim"))
+    for sentence in remarks(plan):
+        console.print(Text(sentence))
     for name, row in plan["methods"].items():
         console.print()
-        console.print(phases_table(name, row))
-    fitting = [name for name, row in plan["methods"].items() if row["fits"]]
-    if fitting:
+        console.print(Text.assemble((name, "bold"), f", {unit_of(plan)[0]} of tensors in each phase"))
+        console.print(phases_table(plan, row, console.width))
+    for name in detailed:
         console.print()
-        console.print(options_table(fitting[-1], plan["methods"][fitting[-1]]["stages"]["ppo"]))
+        console.print(Text.assemble((name, "bold"), ", what was looked at; the chosen settings are bold"))
+        console.print(options_table(plan, plan["methods"][name], console.width))
 
 
-def methods_table(plan: Mapping[str, Any]) -> Table:
-    """One row per method: does it fit, with what, and what is the most it could take; full SFT for comparison."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("method", "largest phase", "GiB", "fits", "micro-batch", "rows decoded", "checkpointed", "at most"):
-        table.add_column(heading, justify="left" if heading in ("method", "largest phase", "at most") else "right")
-    for name, row in plan["methods"].items():
+def verdict(plan: Mapping[str, Any]) -> str:
+    """Whether it fits, in one sentence: with what settings for one method, else which methods do."""
+    budget = budget_text(plan)
+    if len(plan["methods"]) == 1:
+        ((name, row),) = plan["methods"].items()
         ppo = row["stages"]["ppo"]
-        table.add_row(
-            name,
-            row["peak_phase"],
-            gib(row["peak"]),
-            Text("yes", style="green") if row["fits"] else Text("no", style="red"),
-            f"{ppo['micro_batch_tokens']} tokens",
-            str(ppo["rollout_rows"]),
-            f"{ppo['checkpointed_layers']} of {plan['num_layers']}",
-            largest_text(row["largest"]) if row["fits"] else row["remedy"],
-        )
+        need = f"{in_unit(plan, row['peak'])} {unit_of(plan)[0]} at its largest phase ({row['peak_phase']})"
+        settings = f"micro-batches of {ppo['micro_batch_tokens']:,} tokens, {rows_text(ppo['rollout_rows'])}"
+        if not row["fits"]:
+            return f"{name} does not fit {budget}: {need} at the least."
+        return f"{name} fits {budget}: {need}; stage 2 in {settings}, {layers_text(ppo['checkpointed_layers'], plan)}."
+    fitting = [name for name, row in plan["methods"].items() if row["fits"]]
+    if not fitting:
+        return f"None of {len(plan['methods'])} methods fits {budget}."
+    return f"Of {len(plan['methods'])} methods {len(fitting)} fit {budget}: {', '.join(fitting)}."
+
+
+def budget_text(plan: Mapping[str, Any]) -> str:
+    """The budget in words."""
+    if plan["budget"] == "auto":
+        return f"what is free here, {in_unit(plan, plan['tensor_budget'])} {unit_of(plan)[0]}"
+    return " ".join(re.split(r"(?<=\d) *(?=[A-Za-z])", plan["budget"]))
+
+
+def rows_text(rows: int) -> str:
+    """How responses are decoded, in words."""
+    return "1 row decoded at a time" if rows == 1 else f"{rows} rows decoded together"
+
+
+def layers_text(layers: int, plan: Mapping[str, Any]) -> str:
+    """How much is recomputed, in words."""
+    if layers in (0, plan["num_layers"]):
+        return "no layer recomputed" if layers == 0 else "all layers recomputed"
+    return f"{layers} of {plan['num_layers']} layers recomputed"
+
+
+def what_is_planned(plan: Mapping[str, Any]) -> str:
+    """Model, adapters, batch and budget, on one or two lines."""
+    work = plan["workload"]
+    packed = "" if plan["quantization"] == "none" else f", {plan['quantization']} base"
+    factors = ", ".join(f"{phase} x {by:.2f}" for phase, by in plan["corrections"].items())
+    probed = f"; corrected by a probe: {factors}" if factors else ""
+    return (
+        f"{plan['model']} ({plan['num_layers']} layers, {plan['dtype']}{packed}), LoRA rank {plan['lora']['rank']} on "
+        f"{' '.join(plan['lora']['targets'])}; rollouts of {work['num_sequences']} x ({work['prompt_tokens']} + "
+        f"{work['response_tokens']}) tokens, minibatches of {work['minibatch_size']}; "
+        f"{in_unit(plan, plan['tensor_budget'])} {unit_of(plan)[0]} for tensors{probed}"
+    )
+
+
+def methods_table(plan: Mapping[str, Any], width: int) -> Table:
+    """One row per method: does it fit, its largest phase, and the settings of stage 2; full SFT for comparison."""
+    table = plain_table(width)
+    numbers = (f"peak {unit_of(plan)[0]}", "micro-batch", "rows", "recomputed")
+    for heading in ("method", "fits", "peak phase", *numbers):
+        table.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=True)
+    for name, row in plan["methods"].items():
+        settings = settings_cells(plan, row["stages"]["ppo"])
+        table.add_row(name, yes_or_no(row["fits"]), row["peak_phase"], in_unit(plan, row["peak"]), *settings)
     sft = plan["full_sft"]
-    fits = Text("yes", style="green") if sft["fits"] else Text("no", style="red")
-    tokens, layers = f"{sft['micro_batch_tokens']} tokens", f"{sft['checkpointed_layers']} of {plan['num_layers']}"
-    table.add_row("full SFT", "sft", gib(sft["peak"]), fits, tokens, "", layers, "")
+    tokens, _, layers = settings_cells(plan, sft)
+    cells = ("full SFT", yes_or_no(sft["fits"]), "sft", in_unit(plan, sft["peak"]), tokens, "", layers)
+    table.add_row(*cells, style="dim")
     return table
+
+
+def settings_cells(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Micro-batch, rows and recomputed layers of a decision or an option."""
+    return (
+        f"{settings['micro_batch_tokens']:,}",
+        str(settings["rollout_rows"]),
+        f"{settings['checkpointed_layers']}/{plan['num_layers']}",
+    )
+
+
+def remarks(plan: Mapping[str, Any]) -> list[str]:
+    """What each method could take at most, or what would make it fit."""
+    return [
+        f"{name}: {largest_text(row['largest'])}." if row["fits"] else f"{name}: {row['remedy']}."
+        for name, row in plan["methods"].items()
+    ]
 
 
 def largest_text(largest: Mapping[str, int]) -> str:
     """The most that would fit, in words."""
-    return (
-        f"{largest['rollout_rows']} rows decoded together; micro-batches of {largest['micro_batch_tokens']} tokens, or "
-        f"{largest['micro_batch_tokens_checkpointed']} with all layers checkpointed"
-    )
+    plain, recomputed = largest["micro_batch_tokens"], largest["micro_batch_tokens_checkpointed"]
+    text = f"at most {rows_text(largest['rollout_rows'])}, and micro-batches of "
+    if plain == recomputed:
+        return text + f"{plain:,} tokens"
+    if plain == 0:
+        return text + f"{recomputed:,} tokens with all layers recomputed (none without)"
+    return text + f"{plain:,} tokens ({recomputed:,} with all layers recomputed)"
 
 
-def phases_table(name: str, row: Mapping[str, Any]) -> Table:
-    """MiB of every part of every phase; the largest phase is the method's peak."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column(f"{name} (MiB)")
-    for part in (*PARTS, "total"):
-        table.add_column(part, justify="right")
-    for phase, parts in row["phases"].items():
-        style = "bold" if phase == row["peak_phase"] else ""
-        numbers = [parts[part] for part in PARTS]
-        table.add_row(phase, *(f"{number / 2**20:,.0f}" for number in (*numbers, sum(numbers))), style=style)
+def phases_table(plan: Mapping[str, Any], row: Mapping[str, Any], width: int) -> Table:
+    """Every part of every phase that holds anything; the largest phase, which is the method's peak, is bold."""
+    least = 0.005 * unit_of(plan)[1]  # what is less is shown as zero
+    shown = [part for part in PARTS if any(parts[part] >= least for parts in row["phases"].values())]
+    table = plain_table(width)
+    table.add_column("phase", no_wrap=True)
+    for heading in (*(SHORT.get(part, part) for part in shown), "total"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, parts in row["phases"].items():
+        numbers = [*(parts[part] for part in shown), sum(parts.values())]
+        style = "bold" if name == row["peak_phase"] else ""
+        table.add_row(name, *(in_unit(plan, number) for number in numbers), style=style)
     return table
 
 
-def options_table(name: str, decision: Mapping[str, Any]) -> Table:
-    """The options the settings of stage 2 were chosen from, the chosen one marked."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column(f"{name}: options looked at")
-    for heading in ("rows decoded", "checkpointed", "GiB", "relative time"):
-        table.add_column(heading, justify="right")
-    keys = ("micro_batch_tokens", "rollout_rows", "checkpointed_layers")
-    for option in decision["options"]:
-        chosen = all(option[key] == decision[key] for key in keys)
-        table.add_row(
-            f"micro-batches of {option['micro_batch_tokens']} tokens",
-            str(option["rollout_rows"]),
-            str(option["checkpointed_layers"]),
-            gib(option["peak"]),
-            f"{option['relative_time']:.2f}" + (" <- chosen" if chosen else ""),
-        )
+def options_table(plan: Mapping[str, Any], row: Mapping[str, Any], width: int) -> Table:
+    """The options that each stage's settings were chosen from."""
+    table = plain_table(width)
+    numbers = ("micro-batch", "rows", "recomputed", f"peak {unit_of(plan)[0]}", "relative time")
+    for heading in ("stage", *numbers, ""):
+        table.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=True)
+    for stage, decision in row["stages"].items():
+        for option in decision["options"]:
+            chosen = settings_cells(plan, option) == settings_cells(plan, decision)
+            tokens, rows, layers = settings_cells(plan, option)
+            cells = (tokens, rows if stage == "ppo" else "", layers, in_unit(plan, option["peak"]))
+            mark = ("<- chosen" if decision["fits"] else "<- needs least") if chosen else ""
+            time = f"{option['relative_time']:.2f}"
+            table.add_row(stage, *cells, time, mark, style="bold" if chosen else "")
     return table
 
 
-def gib(num_bytes: float) -> str:
-    """Bytes in GiB, with two digits behind the point."""
-    return f"{num_bytes / GIB:.2f}"
+def plain_table(width: int) -> Table:
+    """A table without lines, narrow on narrow terminals."""
+    return Table(box=None, padding=(0, 2 if width >= WIDE else 1, 0, 0), header_style="dim")
+
+
+def yes_or_no(fits: bool) -> Text:
+    """A verdict in a cell."""
+    return Text("yes", style="green") if fits else Text("no", style="red")
+
+
+def unit_of(plan: Mapping[str, Any]) -> tuple[str, float]:
+    """(unit, bytes per unit) of the whole plan: by the largest phase of any method."""
+    return byte_unit(max(row["peak"] for row in (*plan["methods"].values(), plan["full_sft"])))
+
+
+def in_unit(plan: Mapping[str, Any], num_bytes: float) -> str:
+    """Bytes in the plan's unit."""
+    unit, size = unit_of(plan)
+    return f"{num_bytes / size:,.{2 if unit == 'GiB' else 1}f}"
