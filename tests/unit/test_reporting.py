@@ -14,7 +14,9 @@ import pytest
 from hydra_rlhf.errors import CheckpointError
 from hydra_rlhf.reporting.collect import read_run
 from hydra_rlhf.reporting.findings import find_problems
-from hydra_rlhf.reporting.plots import memory_chart, ppo_charts, thin
+from hydra_rlhf.reporting.memory_plots import memory_chart
+from hydra_rlhf.reporting.memory_tables import decisions_table, memory_table, options_table, planned_table
+from hydra_rlhf.reporting.plots import ppo_charts, thin
 from hydra_rlhf.reporting.record import RunRecord, Series
 from hydra_rlhf.reporting.render import render_html, render_report
 from hydra_rlhf.reporting.tables import (
@@ -23,7 +25,6 @@ from hydra_rlhf.reporting.tables import (
     format_number,
     format_seconds,
     format_share,
-    memory_table,
     roles_table,
 )
 
@@ -52,6 +53,38 @@ MEBIBYTES = {
     "j-hydra-ppo": (2.4, 0.375, 0.01, 0.375, 0.75),
     "hydra-ppo": (2.4, 0.75, 0.01, 0.75, 1.5),
 }
+PHASES = {
+    "rollout": {"cache": 3.0, "activations": 1.0},
+    "score": {"activations": 2.0},
+    "update": {"gradients": 0.75, "activations": 4.0, "logits": 1.0},
+}
+
+
+def planned_phases(method: str) -> dict[str, dict[str, int]]:
+    """Planned bytes of a method: what it holds anyway, and what each phase of stage 2 adds."""
+    trunks, adapters, heads, _, optimizer = MEBIBYTES[method]
+    held = {"weights": trunks, "adapters": adapters + heads, "optimizer": optimizer, "batch": 0.04}
+    stage1 = {"weights": 2.4, "gradients": 2.4, "optimizer": 4.8, "activations": 3.0}
+    stages = ["hydra_sft"] if "hydra" in method else ["sft", "reward_model"]
+    phases = dict.fromkeys(stages, stage1) | {phase: held | more for phase, more in PHASES.items()}
+    return {phase: {part: round(size * 2**20) for part, size in parts.items()} for phase, parts in phases.items()}
+
+
+def decision(stage: str, sizes: list[int], chosen: int) -> dict[str, Any]:
+    """What memory_plan.json says of a stage: micro-batches of these sizes were looked at, number `chosen` was taken."""
+    options = [
+        {
+            "micro_batch_tokens": size,
+            "rollout_rows": 64,
+            "checkpointed_layers": 2 * (index < chosen),
+            "peak": size * 2**14,
+            "relative_time": 1 + 256 / size,
+        }
+        for index, size in enumerate(sizes)
+    ]
+    phases = planned_phases("hydra-ppo")
+    own = {stage: phases[stage]} if stage in phases else {phase: phases[phase] for phase in PHASES}
+    return {"fits": True, "budget": 2**31, "phases": own, "options": options, **options[chosen]}
 
 
 def supervised_rows(noise: random.Random) -> list[dict[str, Any]]:
@@ -178,9 +211,10 @@ def make_run_folder(folder: Path, *, num_samples: int = 32, few_curves: bool = F
         for name, sizes in MEBIBYTES.items()
     }
     measured = {
-        phase: {"rss_bytes": n, "peak_rss_bytes": n + 2**24}
-        for phase, n in {"hydra_sft": 2**30, "update": 2**30}.items()
+        phase: {"rss_bytes": 2**30, "peak_rss_bytes": 2**30 + 2**24, "peak_tensor_bytes": n * 2**20}
+        for phase, n in {"hydra_sft": 12, "update": 10, "evaluation": 9}.items()
     }
+    decisions = {"hydra_sft": decision("hydra_sft", [4096, 2048], 1), "ppo": decision("ppo", [8192, 4096, 2048], 0)}
     summary = {
         "name": "demo",
         "method": "hydra-ppo",
@@ -220,7 +254,15 @@ def make_run_folder(folder: Path, *, num_samples: int = 32, few_curves: bool = F
                 "prompt_tokens": lengths,
             },
         },
-        "memory.json": {"dtype": "float32", "methods": methods, "roles": roles, "measured": measured},
+        "memory.json": {
+            "dtype": "float32",
+            "methods": methods,
+            "roles": roles,
+            "plan": {method: planned_phases(method) for method in MEBIBYTES},
+            "decisions": decisions,
+            "measured": measured,
+        },
+        "memory_plan.json": decisions,
         "summary.json": summary,
     }.items():
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
@@ -335,7 +377,7 @@ def test_units() -> None:
 def test_tables_show_roles_and_mark_this_run(record: RunRecord, tmp_path: Path) -> None:
     memory = memory_table(record)
     assert memory is not None
-    assert memory.rows[memory.marked or 0][0] == "hydra-ppo"
+    assert [memory.rows[index][0] for index in memory.marked] == ["hydra-ppo"]
     assert memory.rows[0] == ("ppo", "9.60", "0.00", "0.01", "4.80", "9.60", "24.01")
     roles = roles_table(record)
     assert roles is not None
@@ -355,7 +397,16 @@ def test_tables_show_roles_and_mark_this_run(record: RunRecord, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "missing",
-    ["recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "memory.json", "summary.json"],
+    [
+        "recipe.yaml",
+        "environment.json",
+        "data.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "memory.json",
+        "memory_plan.json",
+        "summary.json",
+    ],
 )
 def test_any_file_may_be_missing(tmp_path: Path, missing: str) -> None:
     folder = make_run_folder(tmp_path / "run", num_samples=2, few_curves=True)
@@ -430,7 +481,9 @@ def test_hostile_text_in_every_other_file_is_shown_as_text(tmp_path: Path) -> No
         "dtype": name,
         "methods": {name: {"trunks": 1}},
         "roles": {name: {"trunk": name}},
-        "measured": {name: {name: 1}},
+        "measured": {name: {name: 1, "peak_tensor_bytes": 2}},
+        "plan": {name: {name: {name: 1, "weights": 2}}},
+        "decisions": {name: {"options": [{"peak": name}], "phases": name}},
     }
     (folder / "memory.json").write_text(json.dumps(memory))
     write_lines(folder / "metrics.jsonl", [{"stage": name, "step": 1, name: 1.0, "loss/total": "nan"}])
@@ -529,6 +582,7 @@ def test_a_healthy_run_has_no_warnings(record: RunRecord, html: str) -> None:
         ("ppo/explained_variance", [0.5, -0.1], "critic is worse than a constant"),
         ("ppo/clip_frac", [0.1, 0.4], "clip holds back"),
         ("optim/skipped_steps", [0.0, 2.0], "Optimizer steps were skipped"),
+        ("memory/retries", [0.0, 1.0], "Memory ran out"),
         ("loss/policy", [0.1, math.nan, 0.1], "not finite"),
         ("score/mean", [0.1, math.inf], "not finite"),
     ],
@@ -616,9 +670,103 @@ def test_charts_are_text_in_theme_colours(record: RunRecord) -> None:
     assert keys[-1] == "ppo-time"
     assert all("var(--" in chart.svg and not re.search(r"#[0-9a-f]{6}\b", chart.svg) for chart in charts)
     assert ">nats per response</text>" in next(chart.svg for chart in charts if chart.key == "ppo-kl-reference")
-    memory = memory_chart(record)
-    assert memory is not None
-    assert "5.41 MiB · this run" in memory.svg
+
+
+def test_the_memory_picture_shows_every_phase_planned_and_this_run_measured(record: RunRecord) -> None:
+    chart = memory_chart(record)
+    assert chart is not None
+    assert not re.search(r"#[0-9a-f]{6}\b", chart.svg)
+    assert chart.svg.count(" · this run</text>") == 1
+    assert "hydra-ppo · this run" in chart.svg
+    assert ">measured, all tensors</text>" in chart.svg
+    # 2.4 + 0.76 + 0.75 + 1.5 + 0.04 + 4 + 1 = 10.45 MiB; 12.61 - 0.75 + 0.04 + 3 + 1 = 15.9 MiB for lora-ppo's rollout.
+    assert ">10.4 MiB, measured 10.0</text>" in chart.svg
+    assert ">15.9 MiB</text>" in chart.svg
+    words = chart.svg[: chart.svg.index("viewBox")]
+    assert "update: 10.4 MiB, measured 10.0" in words
+    assert "score: 6.70 MiB;" in words
+    # The batch's 0.04 MiB cannot be seen beside ppo's 29 MiB, and is not in the legend; everything else is.
+    legend = {"weights", "adapters", "gradients", "optimizer", "batch", "cache", "activations", "logits"}
+    assert {part for part in legend if f">{part}</text>" in chart.svg} == legend - {"batch"}
+    on_gpu = replace(record, measured={"update": {"cuda_peak_allocated_bytes": 2**20}})
+    by_cuda = memory_chart(on_gpu)
+    assert by_cuda is not None
+    assert ">measured by CUDA" in by_cuda.svg
+    unmeasured = memory_chart(replace(record, measured={"update": {"rss_bytes": 2**20}}))
+    assert unmeasured is not None
+    assert "measured" not in unmeasured.svg
+    assert memory_chart(replace(record, plan={})) is None
+
+
+def test_planned_and_measured_bytes_as_a_table(record: RunRecord) -> None:
+    table = planned_table(record)
+    assert table is not None
+    assert table.columns[-3:] == ("Total", "Measured", "of plan")
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert len(rows) == 3 * 5 + 2 * 4
+    # 10 of 10.45 MiB are 95.7 %.
+    parts = ("2.40", "0.76", "0.75", "1.50", "0.04", "0.00", "4.00", "1.00")
+    assert rows["hydra-ppo: update"] == (*parts, "10.45", "10.00", "96\u00a0%")
+    assert rows["hydra-ppo: score"][-2:] == ("–", "–")
+    assert rows["ppo: update"][-2:] == ("–", "–")
+    assert [table.rows[index][0] for index in table.marked] == [
+        f"hydra-ppo: {phase}" for phase in ("hydra_sft", *PHASES)
+    ]
+
+
+def test_the_decisions_are_tables(record: RunRecord) -> None:
+    chosen, options = decisions_table(record), options_table(record)
+    assert chosen is not None
+    assert options is not None
+    # 2048 x 2**14 bytes are 32 MiB; stage 1 decodes nothing.
+    assert chosen.rows[0] == ("hydra_sft", "2,048", "–", "0", "32.0\u00a0MiB", "2.00\u00a0GiB", "yes")
+    assert chosen.rows[1][:4] == ("ppo", "8,192", "64", "0")
+    assert [row[:2] for row in options.rows] == [
+        ("hydra_sft", "4,096"),
+        ("hydra_sft", "2,048"),
+        ("ppo", "8,192"),
+        ("ppo", "4,096"),
+        ("ppo", "2,048"),
+    ]
+    assert options.marked == (1, 2)
+    assert options.rows[0][3:] == ("2", "64.0\u00a0MiB", "1.06")
+
+
+def test_an_unfinished_run_shows_what_it_has_planned_so_far(tmp_path: Path) -> None:
+    folder = make_run_folder(tmp_path / "run", num_samples=1, few_curves=True)
+    (folder / "memory.json").unlink()
+    (folder / "memory_plan.json").write_text(json.dumps({"hydra_sft": decision("hydra_sft", [2048], 0)}))
+    record = read_run(folder)
+    assert {method: list(phases) for method, phases in record.plan.items()} == {"hydra-ppo": ["hydra_sft"]}
+    assert "hydra-ppo · this run" in render_html(record)
+
+
+def test_memory_that_ran_out_is_warned_of_with_the_settings_that_held(record: RunRecord) -> None:
+    curves = {
+        "ppo": {
+            "memory/retries": Series((1, 2, 3), (0.0, 1.0, 2.0)),
+            "memory/micro_batch_tokens": Series((1, 2, 3), (8192.0, 4096.0, 2048.0)),
+            "memory/rollout_rows": Series((1, 2, 3), (64.0, 64.0, 64.0)),
+        },
+        "hydra_sft": {"memory/retries": Series((1,), (0.0,)), "memory/micro_batch_tokens": Series((1,), (512.0,))},
+    }
+    (found,) = find_problems(replace(record, curves=curves))
+    assert "halved: 2 in ppo. " in found.text
+    assert "Set ppo.micro_batch_tokens to 2048 and ppo.sampling.batch_rows to 64, where" in found.remedy
+    assert "hydra_sft" not in found.text + found.remedy
+
+
+@pytest.mark.parametrize("key", ["peak_tensor_bytes", "cuda_peak_allocated_bytes"])
+def test_a_phase_above_its_plan_is_warned_of(record: RunRecord, key: str) -> None:
+    # The update is planned with 10.45 MiB: 11.4 is 9 % above, 11.6 is 11 %.
+    def with_measured(mebibytes: float) -> RunRecord:
+        return replace(record, measured={"update": {key: mebibytes * 2**20, "rss_bytes": 2**40}})
+
+    assert find_problems(with_measured(11.4)) == []
+    (found,) = find_problems(with_measured(11.6))
+    assert "over 10\u00a0% more memory than was planned" in found.title
+    assert found.text == "update 11.6\u00a0MiB measured, 10.4\u00a0MiB planned."
+    assert "memory.budget" in found.remedy
 
 
 def test_the_text_report_has_the_numbers_and_samples(run_folder: Path) -> None:
@@ -626,6 +774,8 @@ def test_the_text_report_has_the_numbers_and_samples(run_folder: Path) -> None:
     text = (run_folder / "report.md").read_text("utf-8")
     assert "| Gold win rate | 88.3 % |" in text
     assert "| **hydra-ppo** | **2.40** |" in text
+    assert "| **hydra-ppo: score** | **2.40** |" in text
+    assert "| ppo | 8,192 | 64 | 0 |" in text
     assert "| Rows used | 5,388 | 600 | 5,388 |" in text
     assert "Actor, score" in text
     assert f"```\n{HOSTILE}\n```" in text

@@ -161,6 +161,7 @@ def decide_method(
             config,
             replace(work, batch_size=settings.batch_size),
             optimizer=settings.optimizer,
+            below=False,
             corrections=corrections,
         )
         lora = settings.tuning == "lora" or recipe.model.quantization != "none"
@@ -225,7 +226,8 @@ def remedies(recipe: Recipe) -> list[Remedy]:
     if recipe.model.dtype == "float32":
         found.append(setting("model", dtype="bfloat16"))
     if recipe.model.quantization == "none":  # on a packed base stage 1 trains a LoRA set anyway
-        full = [stage for stage in stage1_models(table) if getattr(recipe, stage).tuning == "full"]
+        trained = [stage for stage in stage1_models(table) if getattr(recipe.start, stage) is None]
+        full = [stage for stage in trained if getattr(recipe, stage).tuning == "full"]
         found += [setting(stage, tuning="lora") for stage in full]
     if trains_adapters(table) and recipe.model.quantization != "nf4":
         found.append(setting("model", quantization="nf4"))

@@ -13,7 +13,17 @@ from typing import Any, TypeVar
 
 from hydra_rlhf.errors import CheckpointError
 from hydra_rlhf.model.roles import ROLES, Role
-from hydra_rlhf.reporting.record import Interval, MethodBytes, RunRecord, Sample, Series, Split, Summary
+from hydra_rlhf.reporting.record import (
+    Decision,
+    Interval,
+    MethodBytes,
+    Option,
+    RunRecord,
+    Sample,
+    Series,
+    Split,
+    Summary,
+)
 
 RUN_FILES = (
     "recipe.yaml",
@@ -22,11 +32,12 @@ RUN_FILES = (
     "metrics.jsonl",
     "samples.jsonl",
     "memory.json",
+    "memory_plan.json",
     "summary.json",
 )
 """What is read, each optional; a folder with none of them is not a run folder."""
 
-RecordT = TypeVar("RecordT", Sample, MethodBytes, Split, Summary)
+RecordT = TypeVar("RecordT", Sample, MethodBytes, Option, Split, Summary)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -45,6 +56,9 @@ def read_run(folder: Path) -> RunRecord:
         if number(item) is not None and _finite(item) is None
     ]
     memory = _object(folder / "memory.json", problems)
+    # memory.json is written at the end; the decisions are there from the start of each stage.
+    known = _mapping(memory.get("decisions")) or _object(folder / "memory_plan.json", problems)
+    decisions = tuple(_decision(stage, _mapping(row)) for stage, row in known.items())
     method = _text(recipe.get("method")) or _text(summary.get("method"))
     rows = {name: _mapping(row) for name, row in _mapping(memory.get("roles")).items()}
     written = {
@@ -63,11 +77,39 @@ def read_run(folder: Path) -> RunRecord:
         bytes_trained={name: value for name, row in rows.items() if (value := number(row.get("bytes_trained")))},
         memory_dtype=_text(memory.get("dtype")),
         methods={name: _fill(MethodBytes, row) for name, row in _mapping(memory.get("methods")).items()},
+        plan=_plan(memory.get("plan")) or _own_plan(method, decisions),
+        decisions=decisions,
         measured={phase: _numbers(row) for phase, row in _mapping(memory.get("measured")).items()},
         splits=tuple(_fill(Split, row, name=name) for name, row in _object(folder / "data.json", problems).items()),
         summary=_fill(Summary, summary),
         problems=tuple(problems),
     )
+
+
+def _decision(stage: str, row: Mapping[str, Any]) -> Decision:
+    options = row.get("options")
+    return Decision(
+        stage=stage,
+        fits=row.get("fits") is True,
+        budget=_finite(row.get("budget")) or 0.0,
+        chosen=_fill(Option, row),
+        options=tuple(_fill(Option, option) for option in options) if isinstance(options, list) else (),
+        phases=_phases(row.get("phases")),
+    )
+
+
+def _phases(value: object) -> dict[str, dict[str, float]]:
+    return {phase: _numbers(parts) for phase, parts in _mapping(value).items()}
+
+
+def _plan(value: object) -> dict[str, dict[str, dict[str, float]]]:
+    return {method: _phases(phases) for method, phases in _mapping(value).items()}
+
+
+def _own_plan(method: str | None, decisions: tuple[Decision, ...]) -> dict[str, dict[str, Mapping[str, float]]]:
+    """What an unfinished run has planned so far."""
+    phases = {name: parts for decision in decisions for name, parts in decision.phases.items()}
+    return {method: phases} if method is not None and phases else {}
 
 
 def number(value: object) -> float | None:

@@ -5,10 +5,17 @@ The limits of the warnings are those of the "healthy" columns of docs/metrics.md
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from hydra_rlhf.reporting.record import RunRecord, Series
-from hydra_rlhf.reporting.tables import NBSP, format_count, format_interval, format_number, format_score, format_share
+from hydra_rlhf.reporting.memory_findings import above_plan, memory_ran_out
+from hydra_rlhf.reporting.record import Finding, RunRecord, Series
+from hydra_rlhf.reporting.tables import (
+    NBSP,
+    format_count,
+    format_interval,
+    format_number,
+    format_score,
+    format_share,
+)
 
 MAX_KL = 20.0
 """Nats per response; beyond, the policy writes text that the reward was never trained on."""
@@ -26,15 +33,6 @@ MIN_ACCURACY_GAIN = 0.02
 """How much a reward model must rank better than "the longer response wins"."""
 MAX_CUT_FRAC = 0.1
 """Share of rows that may lose response tokens, and with them their stop token."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """Something a reader should know before trusting the run."""
-
-    title: str
-    text: str
-    remedy: str
 
 
 def find_problems(record: RunRecord) -> list[Finding]:
@@ -236,6 +234,8 @@ CHECKS: tuple[Callable[[RunRecord], Finding | None], ...] = (
     _useless_critic,
     _much_clipped,
     _skipped_steps,
+    memory_ran_out,
+    above_plan,
     _many_cut,
 )
 """Every check, in the order in which warnings are shown."""

@@ -3,6 +3,13 @@
 import re
 
 from hydra_rlhf.reporting.findings import find_problems
+from hydra_rlhf.reporting.memory_tables import (
+    decisions_table,
+    measured_table,
+    memory_table,
+    options_table,
+    planned_table,
+)
 from hydra_rlhf.reporting.record import RunRecord, Sample
 from hydra_rlhf.reporting.tables import (
     Card,
@@ -11,8 +18,6 @@ from hydra_rlhf.reporting.tables import (
     data_table,
     environment_tables,
     format_score,
-    measured_table,
-    memory_table,
     roles_table,
     stages_table,
 )
@@ -21,6 +26,7 @@ NUM_SAMPLES = 4
 """Samples shown; the page has them all."""
 MAX_CHARACTERS = 1000
 """Longer texts are cut."""
+MEMORY_TABLES = (planned_table, decisions_table, options_table, memory_table, measured_table)
 
 
 def render_markdown(record: RunRecord) -> str:
@@ -34,7 +40,7 @@ def render_markdown(record: RunRecord) -> str:
         parts += ["## Files that could not be read", "\n".join(f"- {_inline(problem)}" for problem in record.problems)]
     for title, tables in (
         ("What was run", (roles_table(record), stages_table(record))),
-        ("Memory", (memory_table(record), measured_table(record))),
+        ("Memory", tuple(table(record) for table in MEMORY_TABLES)),
         ("Data", (data_table(record),)),
         ("Environment", environment_tables(record)),
     ):
@@ -71,7 +77,7 @@ def _card_list(found: list[Card]) -> str:
 def _table(table: Table) -> str:
     rule = ["---", *("---:" if table.numeric else "---" for _ in table.columns[1:])]
     rows = [
-        [f"**{cell}**" if index == table.marked and cell else cell for cell in map(_inline, row)]
+        [f"**{cell}**" if index in table.marked and cell else cell for cell in map(_inline, row)]
         for index, row in enumerate(table.rows)
     ]
     lines = ["| " + " | ".join(cells) + " |" for cells in (map(_inline, table.columns), rule, *rows)]

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from hydra_rlhf.reporting.record import MethodBytes, RunRecord, Series
-from hydra_rlhf.reporting.svg import BLUE, GREEN, MUTED, OCHRE, ORANGE, PURPLE, draw_svg
-from hydra_rlhf.reporting.tables import byte_unit, format_number
+from hydra_rlhf.reporting.record import RunRecord, Series
+from hydra_rlhf.reporting.svg import BLUE, GREEN, MUTED, ORANGE, draw_svg
+from hydra_rlhf.reporting.tables import format_number
 
 MAX_POINTS = 500
 """A longer series is drawn as means of equal groups of steps."""
@@ -135,7 +135,6 @@ PHASES = (
     ("time/score_s", "score", ORANGE),
     ("time/update_s", "update", GREEN),
 )
-PARTS = tuple(zip((part.name for part in fields(MethodBytes)), (BLUE, ORANGE, GREEN, PURPLE, OCHRE), strict=True))
 
 
 def stage1_charts(record: RunRecord, stage: str) -> list[Chart]:
@@ -186,44 +185,6 @@ def score_histograms(record: RunRecord) -> list[Chart]:
         )
         if pairs
     ]
-
-
-def memory_chart(record: RunRecord) -> Chart | None:
-    """Counted bytes of every method as stacked bars, this run's method in bold; None where nothing was counted."""
-    largest = max((method.total for method in record.methods.values()), default=0.0)
-    if largest <= 0:
-        return None
-    unit, size = byte_unit(largest)
-
-    def draw(axes: Any) -> None:
-        names = list(record.methods)
-        left = [0.0] * len(names)
-        for part, color in PARTS:
-            widths = [getattr(record.methods[name], part) / size for name in names]
-            axes.barh(names, widths, left=left, color=color, label=part, height=0.62, linewidth=0)
-            left = [start + width for start, width in zip(left, widths, strict=True)]
-        for row, total in enumerate(left):
-            own = names[row] == record.method
-            axes.text(
-                total + 0.012 * max(left),
-                row,
-                f"{format_number(total)} {unit}" + (" · this run" if own else ""),
-                va="center",
-                fontweight="bold" if own else "normal",
-            )
-        for label in axes.get_yticklabels():
-            label.set_fontweight("bold" if label.get_text() == record.method else "normal")
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1.24 * max(left))
-        axes.grid(visible=False, axis="y")
-        axes.grid(visible=True, axis="x")
-        axes.spines["bottom"].set_visible(False)
-        axes.tick_params(axis="x", length=0)
-        _label(axes, f"{unit} of tensors", "")
-
-    caption = "Weights, gradients and optimizer state that each method holds for this model; activations come on top."
-    svg = draw_svg(draw, "memory", caption, width=860, height=90 + 34 * len(record.methods))
-    return Chart(key="memory", title="What each method would hold", caption=caption, svg=svg)
 
 
 def thin(series: Series) -> tuple[list[int], list[float]]:

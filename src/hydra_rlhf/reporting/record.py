@@ -80,6 +80,34 @@ class MethodBytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One way to cut a stage's work that the memory plan looked at."""
+
+    micro_batch_tokens: float
+    rollout_rows: float
+    checkpointed_layers: float
+    peak: float
+    """Planned bytes of the stage's largest phase."""
+    relative_time: float
+    """Of an update, against large micro-batches without recomputation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """How a stage was cut to fit its budget."""
+
+    stage: str
+    fits: bool
+    budget: float
+    """Bytes that tensors could take."""
+    chosen: Option
+    options: tuple[Option, ...]
+    """All that were looked at, the chosen one among them."""
+    phases: Mapping[str, Mapping[str, float]]
+    """Planned bytes, {phase: {part: bytes}}."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
     """What was read of one data split, and what was dropped or cut."""
 
@@ -150,6 +178,11 @@ class RunRecord:
     memory_dtype: str | None
     methods: Mapping[str, MethodBytes]
     """Counted bytes of every method at this run's model and settings."""
+    plan: Mapping[str, Mapping[str, Mapping[str, float]]]
+    """Planned bytes of methods with this run's settings, {method: {phase: {part: bytes}}}; its own alone until it has
+    finished."""
+    decisions: tuple[Decision, ...]
+    """How the memory plan cut each stage of this run."""
     measured: Mapping[str, Mapping[str, float]]
     """Measured bytes, {phase: {what: bytes}}."""
     splits: tuple[Split, ...]
@@ -164,6 +197,14 @@ class RunRecord:
             value = value.get(part) if isinstance(value, Mapping) else None
         return value
 
+    def measured_bytes(self, phase: str) -> float | None:
+        """Bytes of tensors at the worst moment of a phase, as the plan counts them; None where they were not counted.
+
+        Exact ones where all tensors were tracked, else those of the CUDA allocator; resident memory is another thing.
+        """
+        seen = self.measured.get(phase, {})
+        return seen.get("peak_tensor_bytes", seen.get("cuda_peak_allocated_bytes"))
+
     def series(self, stage: str, metric: str) -> Series | None:
         """One metric's series, where it holds at least one finite value."""
         series = self.curves.get(stage, {}).get(metric)
@@ -177,6 +218,15 @@ class RunRecord:
                 last = max(sample.step for sample in of_kind)
                 return tuple(sample for sample in of_kind if sample.step == last)
         return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something a reader should know before trusting the run."""
+
+    title: str
+    text: str
+    remedy: str
 
 
 def _mean(values: list[float]) -> float | None:

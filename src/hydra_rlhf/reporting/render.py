@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_rlhf.model.roles import STAGE1_ORDER, passes, trunks
-from hydra_rlhf.reporting import plots, tables
+from hydra_rlhf.reporting import memory_plots, memory_tables, plots, tables
 from hydra_rlhf.reporting.collect import read_run
 from hydra_rlhf.reporting.findings import find_problems
 from hydra_rlhf.reporting.markdown import render_markdown
@@ -26,7 +26,7 @@ MAX_SAMPLE_BYTES = 3_000_000
 """Samples beyond this much text are left out of the page, which then stays under 5 MB."""
 CONTROL_CHARACTERS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 """Control characters are shown as their Unicode pictures: HTML has no way to hold them."""
-SECTIONS = ("data", "evaluation", "hydra_sft", "ppo")
+SECTIONS = ("data", "evaluation", "hydra_sft", "memory", "ppo", "reward_model", "sft")
 """Sections of a recipe that warnings name settings of."""
 STAGE_TITLES = {"sft": "SFT", "reward_model": "Reward model", "hydra_sft": "Hydra-SFT"}
 
@@ -89,9 +89,12 @@ def render_html(record: RunRecord) -> str:
         has_reference=any(shown.reference_response is not None for shown in samples),
         has_gold=any(shown.sample.gold_gain is not None for shown in samples),
         num_left_out=len(record.comparison()) - len(samples),
-        memory_chart=plots.memory_chart(record),
-        memory=tables.memory_table(record),
-        measured=tables.measured_table(record),
+        memory_chart=memory_plots.memory_chart(record),
+        decisions=memory_tables.decisions_table(record),
+        options=memory_tables.options_table(record),
+        planned=memory_tables.planned_table(record),
+        memory=memory_tables.memory_table(record),
+        measured=memory_tables.measured_table(record),
         data=tables.data_table(record),
         environment=tables.environment_tables(record),
         script=script,

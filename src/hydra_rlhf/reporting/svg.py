@@ -9,17 +9,19 @@ from collections.abc import Callable
 from typing import Any
 
 # Okabe and Ito's colour-blind-safe hues, darkened until each has a contrast of at least 3:1 on white.
-BLUE, ORANGE, GREEN, PURPLE, OCHRE = "#0f6cb5", "#cf5200", "#0a8662", "#a34a8f", "#a37500"
-INK, GRID, MUTED = "#4b5563", "#e5e7eb", "#8d95a1"
+BLUE, ORANGE, GREEN, PURPLE, OCHRE, SKY = "#0f6cb5", "#cf5200", "#0a8662", "#a34a8f", "#a37500", "#2e97cd"
+INK, GRID, MUTED, WASH = "#4b5563", "#e5e7eb", "#8d95a1", "#eef4fa"
 VARIABLES = {
     BLUE: "--blue",
     ORANGE: "--orange",
     GREEN: "--green",
     PURPLE: "--purple",
     OCHRE: "--ochre",
+    SKY: "--sky",
     INK: "--ink-soft",
     GRID: "--grid",
     MUTED: "--muted",
+    WASH: "--wash",
 }
 """CSS variable of each colour; the values in the style sheet differ between light and dark."""
 

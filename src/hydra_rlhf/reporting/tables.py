@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from hydra_rlhf.model.roles import TRAINABLE_ROLES
-from hydra_rlhf.reporting.record import Interval, MethodBytes, RunRecord
+from hydra_rlhf.reporting.record import Interval, RunRecord
 
 NBSP = "\u00a0"
 """Between a number and its unit, so that no line breaks there."""
@@ -38,8 +38,8 @@ class Table:
     """Cells, as wide as `columns`."""
     numeric: bool = True
     """Whether the columns after the first hold numbers, and are set right-aligned."""
-    marked: int | None = None
-    """Index of the row that this run is."""
+    marked: tuple[int, ...] = ()
+    """Indices of the rows that are this run's, or were chosen for it."""
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
@@ -185,39 +185,6 @@ def stages_table(record: RunRecord) -> Table | None:
         )
     columns = ("Stage", "Steps logged", "Time in steps", "Time per step, last tenth")
     return Table(title="Stages", columns=columns, rows=tuple(rows)) if rows else None
-
-
-def memory_table(record: RunRecord) -> Table | None:
-    """Counted bytes of every method, in one unit."""
-    if not record.methods:
-        return None
-    unit, size = byte_unit(max(method.total for method in record.methods.values()))
-    parts = [part.name for part in fields(MethodBytes)]
-    rows = tuple(
-        (name, *(f"{getattr(method, part) / size:,.2f}" for part in (*parts, "total")))
-        for name, method in record.methods.items()
-    )
-    names = list(record.methods)
-    return Table(
-        title=f"Counted bytes of each method, in {unit}",
-        columns=("Method", *(part.capitalize() for part in parts), "Total"),
-        rows=rows,
-        marked=names.index(record.method) if record.method in names else None,
-    )
-
-
-def measured_table(record: RunRecord) -> Table | None:
-    """Measured peaks of each phase, in one unit."""
-    columns = list(dict.fromkeys(key for phase in record.measured.values() for key in phase))
-    if not columns:
-        return None
-    unit, size = byte_unit(max(value for phase in record.measured.values() for value in phase.values()))
-    rows = tuple(
-        (phase, *(f"{values[key] / size:,.2f}" if key in values else "–" for key in columns))
-        for phase, values in record.measured.items()
-    )
-    heads = tuple(key.removesuffix("_bytes").replace("_", " ").replace("rss", "RSS") for key in columns)
-    return Table(title=f"Measured, in {unit}", columns=("Phase", *heads), rows=rows)
 
 
 def data_table(record: RunRecord) -> Table | None:

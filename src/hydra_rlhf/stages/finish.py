@@ -22,7 +22,7 @@ from hydra_rlhf.stages.datasets import Datasets, RawData, prompt_texts
 from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.session import Session
-from hydra_rlhf.stages.settle import PLAN_FILE
+from hydra_rlhf.stages.settle import PLAN_FILE, plan_every_method
 
 
 def save_policy(model: HydraModel, folder: Path) -> None:
@@ -77,7 +77,9 @@ def evaluate_run(
     session.log("evaluation", step, {"eval/score": summary["score_mean"], "eval/kl": summary["kl"]})
     run.write_json("summary.json", summary)
     counted = count_all(model.table, base_sizes(model, optimizer=recipe.ppo.optimizer), dtype=recipe.model.dtype)
-    run.write_json("memory.json", counted | {"planned": planned_bytes(run)})
+    decided = run.read_json(PLAN_FILE)
+    planned = plan_every_method(recipe, model, decided)
+    run.write_json("memory.json", counted | {"plan": planned, "decisions": decided})
     run.finish_stage("evaluation")
 
 
@@ -158,11 +160,6 @@ def base_sizes(model: HydraModel, *, optimizer: str = "adamw") -> BaseSizes:
     trunk = model.trunk(model.table["actor"].trunk)
     below_rank = model.lora.rank if trunk.switch.below else 0
     return sizes_of(trunk, model.lora, optimizer=optimizer, below_rank=below_rank)
-
-
-def planned_bytes(run: Run) -> dict[str, Any]:
-    """What the memory plan decided for each stage of this run, and why (see stages/settle.py)."""
-    return run.read_json(PLAN_FILE) if (run.folder / PLAN_FILE).exists() else {}
 
 
 def record_costs(run: Run, session: Session, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """Take a stage's limits from the memory plan: decided once from what the stage really works on, and kept in the run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from hydra_rlhf.config import HydraSFTConfig, MemoryConfig, ModelConfig, PPOConfig, Recipe
@@ -9,10 +9,11 @@ from hydra_rlhf.config_checks import parse_bytes
 from hydra_rlhf.data.formats import TokenizedPrompt
 from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.memory.budget import tensor_budget
-from hydra_rlhf.memory.decide import Decision, decide_ppo, decide_stage1, planner_of, workload_of
+from hydra_rlhf.memory.decide import Decision, decide_ppo, decide_stage1, planner_of, recipe_for, workload_of
 from hydra_rlhf.memory.measure import count_tensor_bytes
-from hydra_rlhf.memory.plan import Workload
+from hydra_rlhf.memory.plan import Cuts, Phases, Workload
 from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.model.roles import ROLES, STAGE1_ORDER, stage1_models, without_roles
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.examples import Example, longest
 from hydra_rlhf.stages.limits import StageLimits
@@ -56,14 +57,16 @@ def settle(recipe: Recipe, model: HydraModel, stage: str, work: Workload, run: R
     model.logit_tile_bytes = parse_bytes(recipe.memory.logit_tile)
     if chosen["checkpointed_layers"]:
         model.enable_checkpointing(chosen["checkpointed_layers"], offload=offloads(recipe.memory, model))
-    return StageLimits(micro_batch_tokens=chosen["micro_batch_tokens"], rollout_rows=chosen["rollout_rows"])
+    rows = chosen["rollout_rows"] if stage == "ppo" else None
+    return StageLimits(micro_batch_tokens=chosen["micro_batch_tokens"], rollout_rows=rows)
 
 
 def decide(recipe: Recipe, model: HydraModel, stage: str, work: Workload) -> dict[str, Any]:
     """The decision on one stage as it is kept: limits, planned bytes per phase, options, budget."""
     trunk = model.trunk(next(iter(model.trunks)))
     settings = getattr(recipe, stage)
-    planner = planner_of(recipe, trunk.model.config, work, optimizer=settings.optimizer, below=bool(trunk.switch.below))
+    below = stage == "ppo" and bool(trunk.switch.below)  # a stage 1 that finds such a set goes on training it
+    planner = planner_of(recipe, trunk.model.config, work, optimizer=settings.optimizer, below=below)
     held = count_tensor_bytes([*model.parameters(), *model.buffers()])
     budget = tensor_budget(recipe.memory, model.device, held=held)
     if stage == "ppo":
@@ -72,7 +75,36 @@ def decide(recipe: Recipe, model: HydraModel, stage: str, work: Workload) -> dic
         decision = decide_stage1(planner, recipe, stage, budget, lora=settings.tuning == "lora")
     if not decision.fits and recipe.memory.budget != "auto":
         raise ConfigError(refusal(recipe, stage, decision))
-    return decision.as_dict() | {"budget": budget}
+    return decision.as_dict() | {"budget": budget, "workload": asdict(work)}
+
+
+def plan_every_method(recipe: Recipe, model: HydraModel, decided: Mapping[str, Any]) -> dict[str, Phases]:
+    """What each method would hold in each phase of this run, cut as the run's own stages were: {method: phases}.
+
+    `decided` is what `PLAN_FILE` holds. Stage 1 is left out where the run had none.
+    """
+    stage1 = next((decided[stage] for stage in STAGE1_ORDER if stage in decided), None)
+    config = model.trunk(model.table["actor"].trunk).model.config
+    planned: dict[str, Phases] = {}
+    for method, table in ROLES.items():
+        table = table if "reward" in model.table else without_roles(table, "reward")
+        other = recipe_for(recipe, method)
+        phases: dict[str, Mapping[str, int]] = {}
+        for stage in stage1_models(table) if stage1 is not None else ():
+            settings = getattr(other, stage)
+            known = decided.get(stage, stage1)
+            work = replace(Workload(**known["workload"]), batch_size=settings.batch_size)
+            planner = planner_of(other, config, work, optimizer=settings.optimizer, below=False)
+            lora = settings.tuning == "lora" or other.model.quantization != "none"
+            phases[stage] = planner.stage1(stage, cuts_of(known), lora=lora)
+        planner = planner_of(other, config, Workload(**decided["ppo"]["workload"]), optimizer=other.ppo.optimizer)
+        planned[method] = phases | planner.ppo(table, cuts_of(decided["ppo"]))
+    return planned
+
+
+def cuts_of(decision: Mapping[str, Any]) -> Cuts:
+    """The settings of a decision that was kept."""
+    return Cuts(**{field.name: decision[field.name] for field in fields(Cuts)})
 
 
 def refusal(recipe: Recipe, stage: str, decision: Decision) -> str:

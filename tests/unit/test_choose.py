@@ -1,0 +1,139 @@
+"""From a budget to settings, on a plan made up by hand: exact cuts where the budget just suffices and a byte below."""
+
+from math import isclose
+
+import pytest
+
+from hydra_rlhf.memory import choose
+from hydra_rlhf.memory.plan import Cuts
+
+NUM_LAYERS = 8
+
+
+def phases_of(cuts: Cuts) -> dict[str, dict[str, int]]:
+    """100 bytes per row decoded; 20 bytes per token of a micro-batch, 2 less for each layer that is recomputed."""
+    update = cuts.micro_batch_tokens * (20 - 2 * cuts.checkpointed_layers)
+    return {"rollout": {"cache": 100 * cuts.rollout_rows}, "update": {"weights": 0, "activations": update}}
+
+
+def settle(budget: int, *, num_sequences: int = 8, tokens_each: int = 1024, **given: int):
+    """What is chosen for `num_sequences` x `tokens_each` tokens."""
+    return choose.choose(
+        phases_of,
+        budget,
+        choose.Given(**given),
+        num_layers=NUM_LAYERS,
+        num_sequences=num_sequences,
+        tokens_each=tokens_each,
+    )
+
+
+def cuts_of(option) -> tuple[int, int, int]:
+    """(tokens, rows, layers) of an option."""
+    return option.cuts.micro_batch_tokens, option.cuts.rollout_rows, option.cuts.checkpointed_layers
+
+
+def test_with_room_for_everything_nothing_is_cut():
+    # All 8 sequences at once are 8192 tokens x 20 bytes.
+    found, options = settle(163_840)
+    assert found is not None
+    assert cuts_of(found) == (8192, 8, 0)
+    assert found.peak == 163_840
+    assert [cuts_of(option) for option in options] == [(8192, 8, 0), (4096, 8, 0), (2048, 8, 0), (1024, 8, 0)]
+
+
+def test_a_smaller_micro_batch_is_taken_where_recomputing_would_cost_more():
+    # 81,920 bytes: 8192 tokens with 5 of 8 layers recomputed (8192 x 10) or 4096 with none (4096 x 20).
+    # Times: (1 + 5/8/3) (1 + 256/8192) = 1.246; 1 + 256/4096 = 1.0625.
+    found, options = settle(81_920)
+    assert found is not None
+    assert cuts_of(found) == (4096, 8, 0)
+    assert [cuts_of(option)[2] for option in options] == [5, 0, 0, 0]
+    assert isclose(options[0].relative_time, (1 + 0.625 / 3) * 1.03125)
+    assert isclose(found.relative_time, 1.0625)
+
+
+def test_a_byte_less_recomputes_one_more_layer():
+    # 4096 tokens with one layer recomputed: (1 + 1/8/3) x 1.0625 = 1.107, before 2048 with none: 1.125.
+    found, options = settle(81_919)
+    assert found is not None
+    assert cuts_of(found) == (4096, 8, 1)
+    assert [cuts_of(option)[2] for option in options] == [6, 1, 0, 0]
+    assert found.peak == 4096 * 18
+
+
+def test_rows_are_halved_until_they_fit():
+    # Short sequences, so that the rollout (100 bytes a row) is what matters.
+    for budget, rows in ((800, 8), (799, 4), (400, 4), (399, 2), (199, 1), (100, 1)):
+        found, options = settle(budget, tokens_each=1)
+        assert found is not None
+        assert {option.cuts.rollout_rows for option in options} == {rows}
+        assert found.peak <= budget
+    assert settle(99, tokens_each=1)[0] is None
+
+
+def test_uneven_batches_are_cut_into_even_groups():
+    assert list(choose.row_groups(6, None)) == [6, 3, 2, 1]
+    assert list(choose.row_groups(1, None)) == [1]
+    assert list(choose.row_groups(6, 5)) == [5]
+
+
+def test_micro_batches_that_are_looked_at():
+    assert list(choose.micro_batch_sizes(128, 16, None)) == [128, 64, 32, 16]
+    # Not above what is useful, not below one sequence, which may itself be above what is useful.
+    assert list(choose.micro_batch_sizes(10**6, 3000, None)) == [8192, 4096, 3000]
+    assert list(choose.micro_batch_sizes(10**6, 10_000, None)) == [10_000]
+    assert list(choose.micro_batch_sizes(10**6, 3000, 77)) == [77]
+
+
+def test_where_nothing_fits_the_last_option_is_the_smallest():
+    # One sequence with all layers recomputed: 1024 x 4 bytes.
+    found, options = settle(4095)
+    assert found is None
+    assert cuts_of(options[-1]) == (1024, 8, 8)
+    assert options[-1].peak == min(option.peak for option in options) == 4096
+    assert settle(4096)[0] == options[-1]
+
+
+def test_settings_leave_no_choice():
+    found, options = settle(10**9, micro_batch_tokens=3000, rollout_rows=5, checkpointed_layers=3)
+    assert found is not None
+    assert [cuts_of(option) for option in options] == [(3000, 5, 3)]
+    assert found.peak == 3000 * 14
+    # They are kept where they do not fit, too.
+    found, options = settle(10, rollout_rows=5, checkpointed_layers=3)
+    assert found is None
+    assert {cuts_of(option)[1:] for option in options} == {(5, 3)}
+
+
+@pytest.mark.parametrize("layers", range(NUM_LAYERS + 1))
+def test_no_layer_too_many_is_recomputed(layers: int):
+    # Exactly what this many layers need, so neither one fewer nor one more.
+    budget = 1024 * (20 - 2 * layers)
+    option = choose.fewest_layers(phases_of, budget, choose.Given(), num_layers=NUM_LAYERS, tokens=1024, rows=1)
+    assert option.cuts.checkpointed_layers == layers
+
+
+def test_a_stage_without_a_rollout_is_bound_by_its_learning_alone():
+    found, _ = choose.choose(
+        lambda cuts: {"sft": {"activations": phases_of(cuts)["update"]["activations"]}},
+        20 * 1024,
+        choose.Given(rollout_rows=1),
+        num_layers=NUM_LAYERS,
+        num_sequences=2,
+        tokens_each=512,
+    )
+    assert found is not None
+    assert cuts_of(found) == (1024, 1, 0)
+
+
+def test_the_peak_is_the_largest_phase_and_not_their_sum():
+    cuts = Cuts(micro_batch_tokens=10, rollout_rows=3, checkpointed_layers=0)
+    assert choose.Option(cuts=cuts, phases=phases_of(cuts), relative_time=1.0).peak == 300
+    assert choose.rollout_bytes(phases_of, 3, NUM_LAYERS) == 300
+
+
+def test_relative_time():
+    # 256 tokens more than there are; a third more where everything is recomputed.
+    assert choose.relative_time(256, 0.0) == 2.0
+    assert isclose(choose.relative_time(2560, 1.0), 1.1 * 4 / 3)
