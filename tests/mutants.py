@@ -635,6 +635,206 @@ SAMPLE: Changes = {
     ],
 }
 
+BISECTION = (
+    "        if option(middle).peak <= budget:\n            high = middle\n        else:\n            low = middle"
+)
+TIME = "(1.0 + checkpointed_share / FORWARD_BACKWARD) * (1.0 + CALL_TOKENS / tokens)"
+CHEAPEST = "min(fitting, key=lambda option: option.relative_time, default=None)"
+FIRST_ROWS = "if rollout_bytes(plan, rows, num_layers) <= budget), given.rollout_rows or 1)"
+
+CHOOSE: Changes = {
+    "choose": [
+        ("smallest peak, not cheapest", CHEAPEST, CHEAPEST.replace("relative_time", "peak")),
+        ("slowest", CHEAPEST, CHEAPEST.replace("min(", "max(")),
+        ("first that fits", CHEAPEST, "next(iter(fitting), None)"),
+        ("budget not used up", "if option.peak <= budget]", "if option.peak < budget]"),
+        ("what does not fit is chosen", "if option.peak <= budget]", "if option.peak]"),
+        ("rows that just fit refused", FIRST_ROWS, FIRST_ROWS.replace("<= budget", "< budget")),
+        (
+            "rows not looked at",
+            FIRST_ROWS,
+            FIRST_ROWS.replace("rollout_bytes(plan, rows, num_layers) <= budget", "rows"),
+        ),
+        ("given rows forgotten where they do not fit", FIRST_ROWS, FIRST_ROWS.replace("given.rollout_rows or 1", "1")),
+        ("rollout left out", 'sum(phases["rollout"].values()) if "rollout" in phases else 0', "0"),
+    ],
+    "fewest_layers": [
+        ("all layers", BISECTION, BISECTION.replace("high = middle", "low = middle")),
+        ("one layer too few", "    return option(high)", "    return option(low)"),
+        ("none is not tried", "    if option(low).peak <= budget:\n", "    if option(low).peak < 0:\n"),
+        ("given layers ignored", "if given.checkpointed_layers is not None:", "if False:"),
+        ("zero given layers ignored", "if given.checkpointed_layers is not None:", "if given.checkpointed_layers:"),
+        ("just enough is not enough", BISECTION, BISECTION.replace("<= budget", "< budget")),
+    ],
+    "relative_time": [
+        ("recomputing costs nothing", TIME, "1.0 + CALL_TOKENS / tokens"),
+        ("recomputing costs a backward", TIME, TIME.replace(" / FORWARD_BACKWARD", "")),
+        ("calls cost nothing", TIME, "1.0 + checkpointed_share / FORWARD_BACKWARD"),
+        ("calls cost what they have tokens", TIME, TIME.replace("CALL_TOKENS / tokens", "tokens / CALL_TOKENS")),
+        ("layers, not their share", "layers / num_layers)", "layers / 1.0)"),
+    ],
+    "micro_batch_sizes and row_groups": [
+        ("no limit", "max(min(MAX_MICRO_BATCH_TOKENS, num_tokens), tokens_each)", "max(num_tokens, tokens_each)"),
+        ("more than there are", "min(MAX_MICRO_BATCH_TOKENS, num_tokens)", "MAX_MICRO_BATCH_TOKENS"),
+        ("less than a sequence", "    while size > tokens_each:", "    while size > tokens_each // 2:"),
+        ("a single sequence left out", "        size //= 2\n    yield tokens_each\n", "        size //= 2\n"),
+        ("quarters", "        size //= 2", "        size //= 4"),
+        ("groups rounded down", "ceil(num_sequences / num_groups)", "num_sequences // num_groups"),
+        ("a single row left out", "        num_groups *= 2\n    yield 1\n", "        num_groups *= 2\n"),
+        ("given micro-batch ignored", "        yield given\n        return\n    size", "        yield given\n    size"),
+    ],
+}
+
+ONCE = "once=num == work.minibatch_size)"
+LATE = "peak=need.peak - max(need.kept, need.head - need.kept)"
+LOGITS = "max(0.0, need.head - max(need.kept, less)) if need.head >= need.peak else 0.0"
+PAIRS = "sequence * (2 if pairs else 1), work.batch_size) * (2 if pairs else 1)"
+
+PLAN: Changes = {
+    "Planner.ppo": [
+        ("scoring of the last pass only", "        score = max(\n", "        score = min(\n"),
+        (
+            "scored row by row",
+            "micro = replace(group, num=micro_rows(cuts, sequence, work.num_sequences))",
+            "micro = group",
+        ),
+        (
+            "responses left out of the rows",
+            "sequence = work.prompt_tokens + work.response_tokens\n        batch",
+            "sequence = work.prompt_tokens\n        batch",
+        ),
+        ("cache counted twice", "replace(rollout, kept=0.0), less=rollout.kept)", "rollout)"),
+        ("cache lost", 'held | {"cache": round(rollout.kept)}', "held"),
+        ("batch of one sequence", "batch = work.num_sequences * (", "batch = ("),
+        (
+            "sampled without the adapter",
+            'adapter=table["actor"].adapter is not None)\n        micro',
+            "adapter=False)\n        micro",
+        ),
+        ("smallest learning pass", "return max(found, key=total)", "return min(found, key=total)"),
+        ("entropy of the critic too", ' and "actor" in roles,', ","),
+        ("nothing learns", "                learns=True,\n                entropy", "                entropy"),
+        (
+            "nothing recomputed",
+            "need = self.simulation.micro_batch(kind, rows, checkpointed=cuts.checkpointed_layers)\n            found",
+            "need = self.simulation.micro_batch(kind, rows)\n            found",
+        ),
+        ("always one micro-batch", ONCE, "once=True)"),
+        ("never one micro-batch", ONCE, "once=False)"),
+        ("no state", '            "optimizer": counted.optimizer,\n', ""),
+        ("heads left out", "counted.adapters + counted.heads", "counted.adapters"),
+    ],
+    "Planner.stage1": [
+        ("pairs as single rows", PAIRS, PAIRS.replace(" * (2 if pairs else 1)", "")),
+        ("pairs cut as single rows", PAIRS, PAIRS.replace("sequence * (2 if pairs else 1)", "sequence")),
+        ("responses of PPO", "response=work.data_response_tokens)", "response=work.response_tokens)"),
+        ("all weights train", "body = self.sizes.lora if lora else self.sizes.trunk", "body = self.sizes.trunk"),
+        ("all rows meet the LM head", "learns=True, half=pairs)", "learns=True)"),
+        ("adapter lost", "(self.sizes.lora.num_bytes if lora else 0)", "0"),
+        ("adapter always", "(self.sizes.lora.num_bytes if lora else 0)", "self.sizes.lora.num_bytes"),
+        (
+            "single micro-batch of pairs missed",
+            "once = num == work.batch_size * (2 if pairs else 1)",
+            "once = num == work.batch_size",
+        ),
+    ],
+    "learning and phase": [
+        ("float32 step forgotten", "part.stepping_bytes for part", "part.gradient_bytes for part"),
+        (
+            "no gradients beside activations",
+            'return [phase(held | {"gradients": gradients}, need), stepping]',
+            "return [phase(held, need), stepping]",
+        ),
+        (
+            "no step",
+            '[phase(held | {"gradients": gradients}, need), stepping]',
+            '[phase(held | {"gradients": gradients}, need)]',
+        ),
+        ("nothing gone when gradients are there", LATE, "peak=need.peak"),
+        ("heads not gone", LATE, "peak=need.peak - need.kept"),
+        ("activations not gone", LATE, "peak=need.peak - need.head + need.kept"),
+        ("logits always named", LOGITS, "max(0.0, need.head - max(need.kept, less))"),
+        ("logits never named", LOGITS, "0.0"),
+        ("logits with what is kept", LOGITS, LOGITS.replace("need.head - max(need.kept, less)", "need.head")),
+        ("peak is the sum", "    return max(total(parts) for", "    return sum(total(parts) for"),
+    ],
+    "micro_rows": [
+        (
+            "none where one is too large",
+            "max(1, cuts.micro_batch_tokens // tokens_each)",
+            "cuts.micro_batch_tokens // tokens_each",
+        ),
+        (
+            "more than there are",
+            "min(num, max(1, cuts.micro_batch_tokens // tokens_each))",
+            "max(1, cuts.micro_batch_tokens // tokens_each)",
+        ),
+        ("rounded up", "cuts.micro_batch_tokens // tokens_each)", "-(-cuts.micro_batch_tokens // tokens_each))"),
+        ("always all", "min(num, max(1, cuts.micro_batch_tokens // tokens_each))", "num"),
+        ("always one", "min(num, max(1, cuts.micro_batch_tokens // tokens_each))", "min(num, 1)"),
+    ],
+}
+
+HEADLESS = 'if any(role.trunk == trunk and role.head == "lm" for role in table.values()):'
+SETS = "len(adapters(table)) * sizes.lora.num_bytes + len(trunks(table)) * sizes.below_bytes"
+
+COUNT: Changes = {
+    "count_method": [
+        (
+            "every role a trunk",
+            "for name in trunks(table))\n    lora",
+            "for name in (role.trunk for role in table.values()))\n    lora",
+        ),
+        ("one LoRA set", SETS, SETS.replace("len(adapters(table)) * ", "")),
+        ("a set for each trunk", SETS, SETS.replace("len(adapters(table))", "len(trunks(table))")),
+        ("one set below", SETS, SETS.replace("len(trunks(table)) * ", "")),
+        ("no set below", SETS, SETS.replace(" + len(trunks(table)) * sizes.below_bytes", "")),
+        ("every role a head", 'for role in table.values() if role.head != "lm"}', "for role in table.values()}"),
+        (
+            "gradients of all passes",
+            "max((sum(part.gradient_bytes for part in parts) for parts in trained), default=0)",
+            "sum(part.gradient_bytes for parts in trained for part in parts)",
+        ),
+        (
+            "state of one pass",
+            "sum(part.optimizer_bytes for parts in trained for part in parts)",
+            "sum(part.optimizer_bytes for part in trained[0])",
+        ),
+        ("gradients left out of the total", "head_bytes + gradients + optimizer,", "head_bytes + optimizer,"),
+        ("state as large as the weights", "sum(part.optimizer_bytes for parts", "sum(part.num_bytes for parts"),
+    ],
+    "trained_parts and trunk_part": [
+        ("adapters train the trunk", "if adapter is None else sizes.lora\n    roles", "\n    roles"),
+        (
+            "heads do not learn",
+            'return [body, *(sizes.scalar_head for role in roles if role.head != "lm")]',
+            "return [body]",
+        ),
+        ("a head for each role", 'for role in roles if role.head != "lm")]', "for role in roles)]"),
+        ("every trunk has an LM head", HEADLESS, "if True:"),
+        ("no trunk has an LM head", HEADLESS, "if False:"),
+        ("any trunk's LM head", HEADLESS, HEADLESS.replace("role.trunk == trunk and ", "")),
+        ("gradients of the head", "whole.gradient_bytes - head.gradient_bytes", "whole.gradient_bytes"),
+        ("state of the head", "whole.optimizer_bytes - head.optimizer_bytes", "whole.optimizer_bytes"),
+        ("reference and reward learn", "{name: table[name] for name in TRAINABLE_ROLES if name in table}", "table"),
+    ],
+    "describe_role": [
+        ("nothing is trained", "    if name in TRAINABLE_ROLES:\n        body", "    if False:\n        body"),
+        ("everything is trained", "    if name in TRAINABLE_ROLES:\n        body", "    if True:\n        body"),
+        ("head left out", ' + (0 if role.head == "lm" else sizes.scalar_head.num_bytes)', ""),
+        (
+            "head of the actor",
+            '(0 if role.head == "lm" else sizes.scalar_head.num_bytes)',
+            "sizes.scalar_head.num_bytes",
+        ),
+        (
+            "trunk for its LoRA set",
+            "sizes.lora if role.adapter is not None else trunk_part(table, role.trunk, sizes)",
+            "trunk_part(table, role.trunk, sizes)",
+        ),
+    ],
+}
+
 PACKAGES = {"quantized": "model", "adam8bit": "runtime", "online_softmax": "model", "tiled_logprobs": "model"}
 """Where a module is, if not among the algorithms."""
 TABLES = {"masking": MASKING, "kl": KL, "rewards": REWARDS, "advantages": ADVANTAGES, "losses": LOSSES}
@@ -642,6 +842,8 @@ TABLES |= {"quantized": QUANTIZED, "adam8bit": ADAM8BIT}
 TABLES |= {"online_softmax": ONLINE_SOFTMAX, "tiled_logprobs": TILED_LOGPROBS}
 PACKAGES |= {"micro_batches": "stages", "limits": "stages", "cache": "model", "sample": "model"}
 TABLES |= {"micro_batches": MICRO_BATCHES, "limits": LIMITS, "cache": CACHE, "sample": SAMPLE}
+PACKAGES |= {"choose": "memory", "plan": "memory", "count": "memory"}
+TABLES |= {"choose": CHOOSE, "plan": PLAN, "count": COUNT}
 MUTANTS = [
     Mutant(module, function, *change)
     for module, table in TABLES.items()

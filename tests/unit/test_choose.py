@@ -104,6 +104,8 @@ def test_settings_leave_no_choice():
     found, options = settle(10, rollout_rows=5, checkpointed_layers=3)
     assert found is None
     assert {cuts_of(option)[1:] for option in options} == {(5, 3)}
+    _, options = settle(10, checkpointed_layers=0)
+    assert {cuts_of(option)[2] for option in options} == {0}
 
 
 @pytest.mark.parametrize("layers", range(NUM_LAYERS + 1))

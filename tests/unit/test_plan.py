@@ -1,6 +1,7 @@
 """The memory plan's arithmetic by hand numbers, over a simulation that is made up; contract tests hold it to runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -59,9 +60,15 @@ def heavy(kind: PassKind, rows: Rows) -> PassBytes:
     return PassBytes(kept=5000.0 * rows.num, head=5000.0 * rows.num, peak=5000.0 * rows.num)
 
 
-def planner(need: Callable[[PassKind, Rows], PassBytes] = in_proportion, **changes: object):
+def planner(need: Callable[[PassKind, Rows], PassBytes] = in_proportion, *, entropy: bool = False):
     """A planner over the made-up simulation."""
-    return plan.Planner(MadeUp(need), SIZES, plan.Workload(**(WORK | changes)))
+    return plan.Planner(MadeUp(need), SIZES, plan.Workload(**WORK, entropy_gradient=entropy))
+
+
+def asked(made_up: plan.Planner) -> list[tuple[PassKind, Rows, int]]:
+    """The passes that the simulation was asked for."""
+    assert isinstance(made_up.simulation, MadeUp)
+    return made_up.simulation.asked
 
 
 def cuts(tokens: int = 20, rows: int = 3, layers: int = 0):
@@ -84,13 +91,22 @@ def test_rollout_and_scoring_hold_everything_but_gradients():
     assert shown(phases["score"]) == HELD | {"activations": 60}
 
 
+def test_scoring_needs_what_its_worst_pass_needs():
+    def half(kind: PassKind, rows: Rows) -> PassBytes:
+        """LoRA off needs half."""
+        full = in_proportion(kind, rows)
+        return full if kind.adapter else replace(full, peak=full.peak / 2)
+
+    assert shown(planner(half).ppo(ROLES["hydra-ppo"], cuts())["score"]) == HELD | {"activations": 60}
+
+
 def test_with_several_micro_batches_gradients_are_there_all_along():
     made_up = planner()
     update = made_up.ppo(ROLES["hydra-ppo"], cuts(layers=7))["update"]
     # The critic's pass trains its set and its head: 110 bytes of gradient beside 2 rows x 150.
     assert shown(update) == HELD | {"gradients": 110, "activations": 300}
-    assert {layers for kind, _, layers in made_up.simulation.asked if kind.learns} == {7}
-    assert {layers for kind, _, layers in made_up.simulation.asked if not kind.learns} == {0}
+    assert {layers for kind, _, layers in asked(made_up) if kind.learns} == {7}
+    assert {layers for kind, _, layers in asked(made_up) if not kind.learns} == {0}
 
 
 def test_with_a_single_micro_batch_gradients_come_as_activations_go():
@@ -131,9 +147,9 @@ def test_what_the_heads_need_is_called_logits_where_it_makes_the_peak():
 
 
 def test_which_passes_are_asked_for():
-    made_up = planner(entropy_gradient=True)
+    made_up = planner(entropy=True)
     made_up.ppo(ROLES["hydra-ppo"], cuts())
-    kinds = [kind for kind, _, _ in made_up.simulation.asked]
+    kinds = [kind for kind, _, _ in asked(made_up)]
     assert kinds == [
         PassKind(adapter=True, lm_head=True),
         PassKind(adapter=True, value_head=True),
@@ -141,15 +157,15 @@ def test_which_passes_are_asked_for():
         PassKind(adapter=True, lm_head=True, learns=True, entropy_gradient=True),
         PassKind(adapter=True, value_head=True, learns=True),
     ]
-    assert {(rows.prompt, rows.response) for _, rows, _ in made_up.simulation.asked} == {(6, 4)}
+    assert {(rows.prompt, rows.response) for _, rows, _ in asked(made_up)} == {(6, 4)}
     joined = planner()
     joined.ppo(ROLES["j-hydra-ppo"], cuts())
-    assert [kind for kind, _, _ in joined.simulation.asked if kind.learns] == [
+    assert [kind for kind, _, _ in asked(joined) if kind.learns] == [
         PassKind(adapter=True, lm_head=True, value_head=True, learns=True)
     ]
     whole = planner()
     whole.ppo(ROLES["ppo"], cuts())
-    assert not any(kind.adapter for kind, _, _ in whole.simulation.asked)
+    assert not any(kind.adapter for kind, _, _ in asked(whole))
 
 
 def test_the_actor_of_whole_trunks_is_sampled_without_an_adapter():
@@ -176,7 +192,7 @@ def test_stage_1_learns_from_pairs(lora: bool, adapters: int, gradients: int, op
         "optimizer": optimizer,
         "activations": 20_000,
     }
-    assert made_up.simulation.asked == [
+    assert asked(made_up) == [
         (
             PassKind(adapter=lora, learns=True, lm_head=True, reward_head=True, half=True),
             Rows(num=4, prompt=6, response=3),
@@ -190,7 +206,7 @@ def test_stage_1_learns_from_demonstrations():
     # 40 tokens are 4 of 9 tokens; a model without a reward head has no scalar head.
     parts = made_up.stage1("sft", cuts(40), lora=True)
     assert shown(parts) == {"weights": 1000, "adapters": 100, "gradients": 100, "optimizer": 600, "activations": 20_000}
-    assert made_up.simulation.asked[0][0] == PassKind(adapter=True, learns=True, lm_head=True)
+    assert asked(made_up)[0][0] == PassKind(adapter=True, learns=True, lm_head=True)
     # All 5 at once: gradients come as activations go.
     assert "gradients" not in shown(made_up.stage1("sft", cuts(45), lora=True))
     assert "gradients" not in shown(made_up.stage1("hydra_sft", cuts(90), lora=True))
@@ -200,9 +216,6 @@ def test_micro_batches_take_at_least_one_and_at_most_all():
     assert [plan.micro_rows(cuts(tokens), 10, 4) for tokens in (1, 10, 19, 20, 40, 1000)] == [1, 1, 1, 2, 4, 4]
 
 
-def test_every_phase_of_a_pipeline_in_order():
-    phases = planner().all_phases(ROLES["d-lora-ppo"], cuts(), stage1_lora=True)
-    assert list(phases) == ["sft", "reward_model", "rollout", "score", "update"]
-    assert plan.peak(phases) == max(plan.total(parts) for parts in phases.values())
+def test_phases_come_one_after_the_other():
     assert plan.total({"weights": 2, "cache": 3}) == 5
     assert plan.peak({"a": {"x": 2, "y": 3}, "b": {"x": 4}}) == 5

@@ -72,6 +72,19 @@ def test_nf4_scales_are_packed_around_their_mean():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 16), (48, 96), (64, 64), (5, 22), (3, 7)])
+def test_each_weight_is_its_code_times_the_scale_of_its_block(shape, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    packed = of_weight((weight * torch.arange(1, shape[0] + 1)[:, None]).to(dtype), "nf4")
+    codes = torch.stack([packed.packed.flatten() >> 4, packed.packed.flatten() & 15], dim=1).flatten().long()
+    scales = packed.scale_code[packed.scale.long()] * packed.scale_of_scale[0] + packed.scale_mean
+    each = torch.tensor(NF4)[codes[: weight.numel()]] * scales.repeat_interleave(64)[: weight.numel()]
+    assert_close(
+        packed.dequantize().float(), each.view(shape), atol=1e-6, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_packing_loses_is_bounded(dtype):
     weight = as_rows(plain(dtype=dtype)).float()
     rounding = 0 if dtype == torch.float32 else 2**-8

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from hydra_rlhf.memory.count import PARTS, BaseSizes, Part, count_method, learning_passes, trained_parts
 from hydra_rlhf.memory.simulate import PassBytes, PassKind, Rows, Simulation
-from hydra_rlhf.model.roles import STAGE1_TABLES, Role, RoleTable, passes, stage1_models
+from hydra_rlhf.model.roles import STAGE1_TABLES, Role, RoleTable, passes
 
 TOKEN_BYTES = 8 + 1 + 1
 """Of each token of a rollout: id, attention mask, and at most one response mask."""
@@ -118,11 +118,6 @@ class Planner:
         }
         once = num == work.batch_size * (2 if pairs else 1)
         return max(learning(held, trained, need, once=once), key=total)
-
-    def all_phases(self, table: RoleTable, cuts: Cuts, *, stage1_lora: bool) -> dict[str, dict[str, int]]:
-        """Every phase of a method's pipeline, stage 1 first."""
-        stages = {stage: self.stage1(stage, cuts, lora=stage1_lora) for stage in stage1_models(table)}
-        return stages | self.ppo(table, cuts)
 
     def _held(self, table: RoleTable) -> dict[str, int]:
         counted = count_method(table, self.sizes)

@@ -79,6 +79,8 @@ class QuantizedLinear(nn.Module):
         if self.format == "int8":
             return self.packed.to(self.compute_dtype).mul_(self.scale[:, None])
         functional = load_bitsandbytes("model.quantization=nf4").functional
+        # A block to a row: with rows of other lengths the library's AVX-512 code takes scales of the wrong blocks.
+        length = NF4_BLOCK if shape.numel() % NF4_BLOCK == 0 else shape.numel()
         scales = functional.QuantState(
             absmax=self.scale_of_scale, code=self.scale_code, blocksize=SCALE_BLOCK, dtype=torch.float32
         )
@@ -86,12 +88,12 @@ class QuantizedLinear(nn.Module):
             absmax=self.scale,
             offset=self.scale_mean,
             state2=scales,
-            shape=shape,
+            shape=torch.Size((shape.numel() // length, length)),
             dtype=self.compute_dtype,
             blocksize=NF4_BLOCK,
             quant_type="nf4",
         )
-        return functional.dequantize_4bit(self.packed, state)
+        return functional.dequantize_4bit(self.packed, state).view(shape)
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """[*n, in_features] -> [*n, out_features]."""

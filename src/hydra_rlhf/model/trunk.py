@@ -1,6 +1,7 @@
 """One decoder of `transformers` with its head and its LoRA sets; `load.py` makes one from a folder or a hub name."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -115,10 +116,15 @@ class Trunk(nn.Module):
                 input_ids=tokens,
                 attention_mask=attention_mask.long(),
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **({} if cache is None else {self._cache_argument: cache}),
             )
         return output.last_hidden_state
+
+    @property
+    def _cache_argument(self) -> str:
+        """`cache` since transformers 5.24, `past_key_values` before it and in a model's own code."""
+        return "cache" if "cache" in inspect.signature(self.decoder.forward).parameters else "past_key_values"
 
     def add_adapter(
         self,
