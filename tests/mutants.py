@@ -606,6 +606,7 @@ CACHE: Changes = {
     ],
 }
 
+NORMALISER = "log_normaliser = logits.logsumexp(dim=-1)"
 TILE = "size = max(1, tile_bytes // (DRAW_BYTES * len(head.weight)))"
 
 SAMPLE: Changes = {
@@ -623,15 +624,18 @@ SAMPLE: Changes = {
             "head.logits(states[: len(states[start : start + size])])",
         ),
         ("forbidden ids allowed", "logits[:, forbidden] = -torch.inf", "pass"),
-        ("order of tiles", "return torch.cat(tiles)", "return torch.cat(tiles[::-1])"),
+        ("order of tiles", "return torch.cat(tokens)", "return torch.cat(tokens[::-1])"),
+        ("temperature ignored", "logits /= config.temperature", "pass"),
+        ("multiplied by the temperature", "logits /= config.temperature", "logits *= config.temperature"),
+        ("log-probs of what is left", NORMALISER, f"logits[:, forbidden] = -torch.inf\n        {NORMALISER}"),
+        ("logits as log-probs", "squeeze(1) - log_normaliser", "squeeze(1)"),
     ],
     "draw": [
-        ("temperature ignored", "logits = logits / config.temperature", "pass"),
-        ("multiplied by the temperature", "logits / config.temperature", "logits * config.temperature"),
-        ("in place", "logits = logits / config.temperature", "logits = logits.div_(config.temperature)"),
-        ("float32", "restrict(logits, config).double().softmax", "restrict(logits, config).softmax"),
+        ("upside down", "(kept - kept.amax(dim=-1, keepdim=True))", "(kept.amin(dim=-1, keepdim=True) - kept)"),
+        ("no exponential", ".exp_()", ".add_(50.0)"),
         ("one too early", "right=True).squeeze(1)", "right=True).squeeze(1).sub(1).clamp(min=0)"),
-        ("not restricted", "restrict(logits, config).double()", "logits.double()"),
+        ("not restricted", "kept = restrict(logits, config)", "kept = logits"),
+        ("uniforms taken as they are", "uniforms.double()[:, None] * cumulative[:, -1:]", "uniforms.double()[:, None]"),
     ],
 }
 

@@ -107,6 +107,8 @@ class PPOConfig(OptimizerConfig):
     """Passes over each rollout."""
     minibatch_size: PositiveInt = 32
     """Sequences per optimizer step; must divide rollout_batch_size * samples_per_prompt."""
+    scoring: Literal["auto", "separate"] = "auto"
+    """`auto`: with one epoch and one minibatch actor and critic learn from the forward that scores; or always apart."""
     sampling: SamplingConfig = SamplingConfig()
     """How responses are drawn."""
     reward: RewardConfig = RewardConfig()

@@ -65,6 +65,8 @@ class Responses:
     """Sampled responses joined to their prompts."""
 
     batch: TokenBatch
+    logprobs: Float[Tensor, "b r"]
+    """Log-prob of each response token as it was sampled, at the sampling temperature; 0 where masked."""
     texts: list[str]
     """The responses as text, without the stop token."""
     ended: Bool[Tensor, " b"]
@@ -88,7 +90,8 @@ class Rollout:
     ended: Bool[Tensor, " b"]
     """True where the response ends in a stop token."""
     logprobs: Float[Tensor, "b r"]
-    """Log-prob of each response token under the actor that sampled it, from the training path; 0 where masked."""
+    """Log-prob of each response token under the actor that sampled it; 0 where masked. From the training path where
+    the actor has scored the rollout, else from sampling."""
     ref_logprobs: Float[Tensor, "b r"]
     """The same under the reference."""
     values: Float[Tensor, "b r"]

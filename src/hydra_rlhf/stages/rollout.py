@@ -109,11 +109,12 @@ def sample_responses(
     parts = map_row_groups(limits, len(prompts.texts), decode)
     width = max(part.tokens.shape[1] for part in parts)
 
-    def widen(x: Tensor, value: int) -> Tensor:
+    def widen(x: Tensor, value: float) -> Tensor:
         return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
 
     tokens = torch.cat([widen(part.tokens, pad_id) for part in parts])
     mask = torch.cat([widen(part.mask, False) for part in parts])
+    logprobs = torch.cat([widen(part.logprobs, 0.0) for part in parts])
     texts = [
         chat.decode_response(row[keep].tolist(), stop_ids) for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)
     ]
@@ -122,7 +123,7 @@ def sample_responses(
         attention_mask=torch.cat([prompts.attention_mask, mask], dim=1),
         response_mask=mask,
     )
-    return Responses(batch=batch, texts=texts, ended=torch.cat([part.ended for part in parts]))
+    return Responses(batch=batch, logprobs=logprobs, texts=texts, ended=torch.cat([part.ended for part in parts]))
 
 
 @torch.no_grad()
@@ -170,9 +171,14 @@ def collect_rollout(
     temperature: float,
     limits: StageLimits,
     reward_fn: RewardFunction | None,
+    roles: Iterable[str] | None = None,
 ) -> Rollout:
-    """Let every role of the method's table look once at the sampled responses, and add up their scores."""
-    scored = score_roles(model, responses.batch, model.table, temperature=temperature, limits=limits)
+    """Let roles (default: all of the method's table) look once at the sampled responses, and add up their scores.
+
+    What the others would say is zero, but for the actor's log-probs, which are then those of sampling.
+    """
+    looking = tuple(model.table if roles is None else roles)
+    scored = score_roles(model, responses.batch, looking, temperature=temperature, limits=limits)
     scores = reward.reward_model_coef * scored.scores
     dense = torch.zeros_like(scored.logprobs)
     if reward_fn is not None:
@@ -184,7 +190,7 @@ def collect_rollout(
         prompts=prompts,
         responses=responses.texts,
         ended=responses.ended,
-        logprobs=scored.logprobs,
+        logprobs=scored.logprobs if "actor" in looking else responses.logprobs,
         ref_logprobs=scored.ref_logprobs,
         values=torch.where(responses.batch.response_mask, scored.values, 0.0),
         entropy=scored.entropy,
