@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.configuration_utils import PretrainedConfig
 
-from hydra_rlhf.benchmark.machine import Machine, measure_machine
+from hydra_rlhf.benchmark.machine import Machine, this_machine
 from hydra_rlhf.benchmark.measure import Measured, machine_settings, measure_method
 from hydra_rlhf.benchmark.subject import check_bench, sizes_for_work, with_batch
 from hydra_rlhf.benchmark.work import Batch, Bound, Work, bound, step_work
@@ -57,7 +57,7 @@ class Bench:
     def machine(self) -> Machine:
         """Rates of the device in the dtype of the model."""
         dtype = meta_trunk(self.config, self.recipe.model).dtype
-        return measure_machine(pick_device(self.recipe.model.device), dtype)
+        return this_machine(pick_device(self.recipe.model.device), dtype)
 
 
 def run_bench(bench: Bench, methods: Sequence[str], compare: Sequence[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -24,6 +25,12 @@ class Machine:
     """Floating-point operations per second of a large product."""
     array_bytes: int
     matrix_size: int
+
+
+@cache
+def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Both rates of a device, measured once in a process."""
+    return measure_machine(device, dtype)
 
 
 @torch.no_grad()

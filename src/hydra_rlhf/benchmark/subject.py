@@ -1,4 +1,4 @@
-"""What is measured: a method's model, its weights random or loaded; its prompts; the sizes that its work follows from."""
+"""What is measured: a method's model, weights random or loaded; its prompts; the sizes that its work follows from."""
 
 from collections.abc import Sequence
 from dataclasses import replace
