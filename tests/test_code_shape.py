@@ -21,9 +21,9 @@ FILES = sorted(SRC.rglob("*.py"))
 LAYERS = (
     {"records", "config", "config_stages", "config_checks", "recipes", "errors"},
     {"algorithms", "model", "data", "runtime"},
-    {"stages", "evaluation", "memory"},
+    {"stages", "evaluation", "memory", "benchmark"},
     {"reporting"},
-    {"api", "cli"},
+    {"api", "cli", "cli_bench"},
 )
 LAYER_OF = {name: row for row, names in enumerate(LAYERS) for name in names}
 MEMORY_FOR_STAGES = {"hydra_rlhf.memory.count", "hydra_rlhf.memory.measure", "hydra_rlhf.memory.sizes"}
@@ -43,7 +43,7 @@ NO_TORCH = (
     "reporting/",
 )
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pandas", "pyarrow", "peft")
-TRANSFORMERS_PARTS = {"model", "data", "stages", "evaluation", "memory"}
+TRANSFORMERS_PARTS = {"model", "data", "stages", "evaluation", "memory", "benchmark"}
 MODEL_CLASS = re.compile(r"AutoModel\w*|AutoConfig|PreTrainedModel|\w+For(CausalLM|SequenceClassification)")
 MODEL_CLASS_FILES = {"model/trunk.py", "model/load.py", "model/export.py", "model/shapes.py"}
 LOOP_FILES = {"stages/supervised.py", "stages/ppo.py"}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra_rlhf.cli_bench import add_bench_command
 from hydra_rlhf.errors import ConfigError, HydraError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {sys.modules['hydra_rlhf'].__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_recipe_commands(commands)
+    add_bench_command(commands, read_recipe=recipe_with_overrides, methods_named=methods_named)
     add_run_commands(commands)
     return parser
 
