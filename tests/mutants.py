@@ -352,7 +352,7 @@ ONLINE_SOFTMAX: Changes = {
         ("weighted sum not rescaled", WEIGHTED, WEIGHTED.replace(".mul_(shrink)", "")),
         ("weighted sum not moved to the new peak", WEIGHTED, "self.weighted.mul_(shrink)"),
         ("moved by the sum after this tile", WEIGHTED + "\n        " + TOTAL, TOTAL + "\n        " + WEIGHTED),
-        ("sum of exponentials for the weighted sum", "exponentials.mul_(tile).sum", "exponentials.sum"),
+        ("sum of exponentials for the weighted sum", "tile.mul_(exponentials).sum", "exponentials.sum"),
         ("targets elsewhere overwritten", FOUND, "tile.gather(1, column).squeeze(1)"),
         ("target never read", FOUND, "self.target_logit"),
         ("target less this tile's peak", FOUND, FOUND.replace("squeeze(1)", "squeeze(1) - tile.amax(dim=1)")),
@@ -432,6 +432,31 @@ TILED_LOGPROBS: Changes = {
         ("head never has a gradient", "torch.zeros_like(weight) if wants_weight", "torch.zeros_like(weight) if False"),
         ("bias of the first token alone", "gradient.sum(dim=0)", "gradient[0]"),
         ("a whole float32 head", "torch.zeros_like(weight) if", "torch.zeros_like(weight.to(wide)) if"),
+    ],
+}
+
+SWEPT_LOGPROBS: Changes = {
+    "SweptLogprobs": [
+        ("earlier sums not shrunk", "pull[tokens].mul_(shrink[:, None])", "pull[tokens]"),
+        ("not divided by the total", "pull.div_(-softmax.total[:, None])", "pull.neg_()"),
+        ("sign", "pull.div_(-softmax.total[:, None])", "pull.div_(softmax.total[:, None])"),
+        ("target left out", ".add_(weight[targets])", ""),
+        ("scale left out", ".mul_(shaping.scale / shaping.temperature)", ".div_(shaping.temperature)"),
+        ("temperature left out", ".mul_(shaping.scale / shaping.temperature)", ".mul_(shaping.scale)"),
+        ("loss's weights left out", "(pull * grad_logprobs[:, None])", "pull"),
+        ("entropy has a gradient", "ctx.mark_non_differentiable(entropy)", "pass"),
+        ("bias left out", "None if bias is None else bias[vocabulary]", "None"),
+    ],
+    "one_sweep_will_do": [
+        (
+            "trained heads too",
+            "trained = head.weight.requires_grad or",
+            "trained = False and head.weight.requires_grad or",
+        ),
+        ("trained bias too", "head.bias.requires_grad)", "False)"),
+        ("entropy's gradient lost", " and not entropy_gradient", ""),
+        ("caps too", "head.softcap is None and", "True and"),
+        ("without a graph", "torch.is_grad_enabled() and", "True and"),
     ],
 }
 
@@ -839,13 +864,21 @@ COUNT: Changes = {
     ],
 }
 
-PACKAGES = {"quantized": "model", "adam8bit": "runtime", "online_softmax": "model", "tiled_logprobs": "model"}
+PACKAGES = {
+    "swept_logprobs": "model",
+    "quantized": "model",
+    "adam8bit": "runtime",
+    "online_softmax": "model",
+    "tiled_logprobs": "model",
+}
 """Where a module is, if not among the algorithms."""
 TABLES = {"masking": MASKING, "kl": KL, "rewards": REWARDS, "advantages": ADVANTAGES, "losses": LOSSES}
 TABLES |= {"quantized": QUANTIZED, "adam8bit": ADAM8BIT}
 TABLES |= {"online_softmax": ONLINE_SOFTMAX, "tiled_logprobs": TILED_LOGPROBS}
 PACKAGES |= {"micro_batches": "stages", "limits": "stages", "cache": "model", "sample": "model"}
 TABLES |= {"micro_batches": MICRO_BATCHES, "limits": LIMITS, "cache": CACHE, "sample": SAMPLE}
+PACKAGES |= {"swept_logprobs": "model"}
+TABLES |= {"swept_logprobs": SWEPT_LOGPROBS}
 PACKAGES |= {"choose": "memory", "plan": "memory", "count": "memory"}
 TABLES |= {"choose": CHOOSE, "plan": PLAN, "count": COUNT}
 MUTANTS = [
