@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hydra_rlhf.model import swept_logprobs as swept
+from hydra_rlhf.model import swept_logprobs
 from hydra_rlhf.model.heads import LMHead
 from hydra_rlhf.model.logprobs import direct_logprobs
 from hydra_rlhf.model.tiled_logprobs import tiled_logprobs
@@ -41,7 +41,7 @@ def test_by_hand():
     # Target 1: log-prob -log(1 + 1/e), gradient W[1] - p_1 W[1] = 1 / (1 + e).
     head = LMHead(weight=torch.tensor([[0.0], [1.0]]), bias=None, softcap=None, scale=1.0)
     states = torch.tensor([[1.0]], requires_grad=True)
-    logprobs, entropy = swept.swept_logprobs(head, states, torch.tensor([1]), temperature=1.0, tile_bytes=4)
+    logprobs, entropy = swept_logprobs.swept_logprobs(head, states, torch.tensor([1]), temperature=1.0, tile_bytes=4)
     p = 1 / (1 + math.e)
     assert_close(logprobs, torch.tensor([-math.log(1 + 1 / math.e)]))
     assert_close(entropy, torch.tensor([-p * math.log(p) - (1 - p) * math.log(1 - p)]))
@@ -54,7 +54,9 @@ def test_by_hand():
 def test_against_all_logits_at_once(tile_bytes, bias, temperature):
     head, states, targets = example(bias=bias)
     expected, entropy = direct_logprobs(head, states, targets, temperature=temperature, entropy_gradient=False)
-    found, found_entropy = swept.swept_logprobs(head, states, targets, temperature=temperature, tile_bytes=tile_bytes)
+    found, found_entropy = swept_logprobs.swept_logprobs(
+        head, states, targets, temperature=temperature, tile_bytes=tile_bytes
+    )
     assert_close(found, expected, atol=1e-10, rtol=0)
     assert_close(found_entropy, entropy, atol=1e-10, rtol=0)
     assert_close(gradient(found, states), gradient(expected, states), atol=1e-10, rtol=0)
@@ -65,7 +67,7 @@ def test_against_all_logits_at_once(tile_bytes, bias, temperature):
 def test_scoring_without_a_graph_gives_the_same_bits(dtype):
     """Old log-probs come from two-sweep tiles without a graph: a ratio must be exactly one."""
     head, states, targets = example(200, dtype=dtype, bias=False)
-    found, entropy = swept.swept_logprobs(head, states, targets, temperature=0.7, tile_bytes=4 * 900)
+    found, entropy = swept_logprobs.swept_logprobs(head, states, targets, temperature=0.7, tile_bytes=4 * 900)
     with torch.no_grad():
         old, old_entropy = tiled_logprobs(
             head, states, targets, temperature=0.7, entropy_gradient=False, tile_bytes=4 * 900
@@ -76,7 +78,7 @@ def test_scoring_without_a_graph_gives_the_same_bits(dtype):
 
 def test_half_precision_states_get_a_gradient_summed_in_float32():
     head, states, targets = example(64, dtype=torch.bfloat16, bias=False)
-    found, _ = swept.swept_logprobs(head, states, targets, temperature=1.0, tile_bytes=4 * 200)
+    found, _ = swept_logprobs.swept_logprobs(head, states, targets, temperature=1.0, tile_bytes=4 * 200)
     exact = replace(head, weight=head.weight.double())
     wide = states.detach().double().requires_grad_()
     expected, _ = direct_logprobs(exact, wide, targets, temperature=1.0, entropy_gradient=False)
@@ -88,7 +90,7 @@ def test_half_precision_states_get_a_gradient_summed_in_float32():
 
 def test_huge_logits_stay_finite():
     head, states, targets = example(8, dtype=torch.float32, scale=1e4)
-    found, _ = swept.swept_logprobs(head, states, targets, temperature=1e-3, tile_bytes=400)
+    found, _ = swept_logprobs.swept_logprobs(head, states, targets, temperature=1e-3, tile_bytes=400)
     assert bool(found.isfinite().all())
     assert bool(gradient(found, states).isfinite().all())
 
@@ -102,7 +104,7 @@ def test_two_tiles_live_at_once():
     with TensorBytes("cpu") as count:
         count.hold([head.weight, states, targets])
         before = count.live
-        swept.swept_logprobs(head, states, targets, temperature=1.0, tile_bytes=tile_bytes)[0].sum().backward()
+        swept_logprobs.swept_logprobs(head, states, targets, temperature=1.0, tile_bytes=tile_bytes)[0].sum().backward()
         needed = count.peak - before
     small = 256 * 8 * 4 * 4 + 256 * 4 * 16  # a few vectors and numbers per token
     assert needed <= 2 * tile_bytes + small
@@ -112,7 +114,7 @@ def test_when_one_sweep_will_do():
     head, states, _ = example()
 
     def will_do(head=head, states=states, entropy_gradient=False):
-        return swept.one_sweep_will_do(head, states, entropy_gradient=entropy_gradient)
+        return swept_logprobs.one_sweep_will_do(head, states, entropy_gradient=entropy_gradient)
 
     assert will_do()
     assert not will_do(states=states.detach())
