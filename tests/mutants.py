@@ -669,7 +669,7 @@ BISECTION = (
 )
 TIME = "(1.0 + checkpointed_share / FORWARD_BACKWARD) * (1.0 + CALL_TOKENS / tokens)"
 CHEAPEST = "min(fitting, key=lambda option: option.relative_time, default=None)"
-FIRST_ROWS = "if rollout_bytes(plan, rows, num_layers) <= budget), given.rollout_rows or 1)"
+FIRST_ROWS = "if rollout_bytes(work.plan, rows, layers) <= budget), given.rollout_rows or 1)"
 
 CHOOSE: Changes = {
     "choose": [
@@ -682,7 +682,7 @@ CHOOSE: Changes = {
         (
             "rows not looked at",
             FIRST_ROWS,
-            FIRST_ROWS.replace("rollout_bytes(plan, rows, num_layers) <= budget", "rows"),
+            FIRST_ROWS.replace("rollout_bytes(work.plan, rows, layers) <= budget", "rows"),
         ),
         ("given rows forgotten where they do not fit", FIRST_ROWS, FIRST_ROWS.replace("given.rollout_rows or 1", "1")),
         ("rollout left out", 'sum(phases["rollout"].values()) if "rollout" in phases else 0', "0"),
@@ -694,6 +694,14 @@ CHOOSE: Changes = {
         ("given layers ignored", "if given.checkpointed_layers is not None:", "if False:"),
         ("zero given layers ignored", "if given.checkpointed_layers is not None:", "if given.checkpointed_layers:"),
         ("just enough is not enough", BISECTION, BISECTION.replace("<= budget", "< budget")),
+    ],
+    "fits_smallest": [
+        ("largest parts", "or work.tokens_each,", "or work.tokens_each * work.num_sequences,"),
+        ("given micro-batch ignored", "work.given.micro_batch_tokens or work.tokens_each", "work.tokens_each"),
+        ("given rows ignored", "work.given.rollout_rows or 1,", "1,"),
+        ("nothing recomputed", "layers = work.num_layers if", "layers = 0 if"),
+        ("given layers ignored", "if work.given.checkpointed_layers is None else", "if True else"),
+        ("just enough is not enough", "peak(work.plan(cuts)) <= budget", "peak(work.plan(cuts)) < budget"),
     ],
     "relative_time": [
         ("recomputing costs nothing", TIME, "1.0 + CALL_TOKENS / tokens"),
@@ -711,6 +719,46 @@ CHOOSE: Changes = {
         ("groups rounded down", "ceil(num_sequences / num_groups)", "num_sequences // num_groups"),
         ("a single row left out", "        num_groups *= 2\n    yield 1\n", "        num_groups *= 2\n"),
         ("given micro-batch ignored", "        yield given\n        return\n    size", "        yield given\n    size"),
+    ],
+}
+
+AT = "return self.one_row + (num_rows - 1) * self.per_row"
+DEEPER = "(num_layers - self.depth) * self.per_layer.at(num_rows)"
+HIGHER = "        if not found or line.per_row > found[-1].per_row:"
+FELL_APART = "highest = Line(max(one.moments), max(two.moments) - max(one.moments))"
+
+COURSE: Changes = {
+    "Line": [
+        ("starts at no rows", AT, AT.replace("(num_rows - 1)", "num_rows")),
+        ("one row for all", AT, "return self.one_row"),
+        ("proportional", AT, "return num_rows * self.one_row"),
+        ("steps of the first", AT, AT.replace("self.per_row", "self.one_row")),
+        ("falls", AT, AT.replace("+ (", "- (")),
+    ],
+    "Need.of": [
+        ("nothing deep", "(deep if i in one.deep else shallow)", "shallow"),
+        ("all deep", "(deep if i in one.deep else shallow)", "deep"),
+        ("two rows for one", "Line(a, b - a)", "Line(b, b - a)"),
+        ("two rows' bytes a row", "Line(a, b - a)", "Line(a, b)"),
+        ("kept of two rows", "Line(one.kept, two.kept - one.kept)", "Line(two.kept, two.kept - one.kept)"),
+        ("layers of one row", "Line(one.per_layer, two.per_layer - one.per_layer)", "Line(one.per_layer, 0.0)"),
+        ("moments that do not belong together", "        if not same:", "        if False:"),
+        ("not deep where it may be", "deep, shallow = [highest], [highest]", "deep, shallow = [], [highest]"),
+        ("first moments for the highest", FELL_APART, FELL_APART.replace("max(", "min(")),
+    ],
+    "Need.peak": [
+        ("shallow moments left out", "return max(shallow, self.deep", "return max(0.0, self.deep"),
+        ("deep moments left out", "return max(shallow, self.deep_peak(num_rows, num_layers))", "return shallow"),
+        ("layers that were run again", DEEPER, DEEPER.replace(" - self.depth", "")),
+        ("layers of one row", DEEPER, DEEPER.replace("at(num_rows)", "at(1)")),
+        ("one layer too few", DEEPER, DEEPER.replace("self.depth)", "self.depth - 1)")),
+    ],
+    "highest_lines": [
+        ("only the steepest", HIGHER, "        if line.per_row == max(x.per_row for x in lines):"),
+        ("only the first", HIGHER, "        if not found:"),
+        ("all", HIGHER, "        if True:"),
+        ("equally steep ones too", HIGHER, HIGHER.replace("line.per_row >", "line.per_row >=")),
+        ("lowest first", "reverse=True", "reverse=False"),
     ],
 }
 
@@ -757,10 +805,10 @@ PLAN: Changes = {
         ("pairs as single rows", PAIRS, PAIRS.replace(" * (2 if pairs else 1)", "")),
         ("pairs cut as single rows", PAIRS, PAIRS.replace("sequence * (2 if pairs else 1)", "sequence")),
         ("responses of PPO", "response=work.data_response_tokens)", "response=work.response_tokens)"),
-        ("all weights train", "body = self.sizes.lora if lora else self.sizes.trunk", "body = self.sizes.trunk"),
+        ("all weights train", "[self.sizes.lora if lora else self.sizes.trunk, *heads]", "[self.sizes.trunk, *heads]"),
         ("all rows meet the LM head", "learns=True, half=pairs)", "learns=True)"),
-        ("adapter lost", "(self.sizes.lora.num_bytes if lora else 0)", "0"),
-        ("adapter always", "(self.sizes.lora.num_bytes if lora else 0)", "self.sizes.lora.num_bytes"),
+        ("adapter lost", "(body.num_bytes if lora else 0)", "0"),
+        ("adapter always", "(body.num_bytes if lora else 0)", "body.num_bytes"),
         (
             "single micro-batch of pairs missed",
             "once = num == work.batch_size * (2 if pairs else 1)",
@@ -879,8 +927,8 @@ PACKAGES |= {"micro_batches": "stages", "limits": "stages", "cache": "model", "s
 TABLES |= {"micro_batches": MICRO_BATCHES, "limits": LIMITS, "cache": CACHE, "sample": SAMPLE}
 PACKAGES |= {"swept_logprobs": "model"}
 TABLES |= {"swept_logprobs": SWEPT_LOGPROBS}
-PACKAGES |= {"choose": "memory", "plan": "memory", "count": "memory"}
-TABLES |= {"choose": CHOOSE, "plan": PLAN, "count": COUNT}
+PACKAGES |= {"choose": "memory", "plan": "memory", "count": "memory", "course": "memory"}
+TABLES |= {"choose": CHOOSE, "plan": PLAN, "count": COUNT, "course": COURSE}
 MUTANTS = [
     Mutant(module, function, *change)
     for module, table in TABLES.items()

@@ -1,5 +1,6 @@
 """From a budget to settings, on a plan made up by hand: exact cuts where the budget just suffices and a byte below."""
 
+from dataclasses import replace
 from math import isclose
 
 import pytest
@@ -16,16 +17,20 @@ def phases_of(cuts: Cuts) -> dict[str, dict[str, int]]:
     return {"rollout": {"cache": 100 * cuts.rollout_rows}, "update": {"weights": 0, "activations": update}}
 
 
-def settle(budget: int, *, num_sequences: int = 8, tokens_each: int = 1024, **given: int):
-    """What is chosen for `num_sequences` x `tokens_each` tokens."""
-    return choose.choose(
-        phases_of,
-        budget,
-        choose.Given(**given),
+def work(num_sequences: int = 8, tokens_each: int = 1024, given=None):
+    """This much to cut."""
+    return choose.Work(
+        plan=phases_of,
+        given=given or choose.Given(),
         num_layers=NUM_LAYERS,
         num_sequences=num_sequences,
         tokens_each=tokens_each,
     )
+
+
+def settle(budget: int, *, num_sequences: int = 8, tokens_each: int = 1024, **given: int):
+    """What is chosen for `num_sequences` x `tokens_each` tokens."""
+    return choose.choose(work(num_sequences, tokens_each, choose.Given(**given)), budget)
 
 
 def cuts_of(option) -> tuple[int, int, int]:
@@ -112,19 +117,16 @@ def test_settings_leave_no_choice():
 def test_no_layer_too_many_is_recomputed(layers: int):
     # Exactly what this many layers need, so neither one fewer nor one more.
     budget = 1024 * (20 - 2 * layers)
-    option = choose.fewest_layers(phases_of, budget, choose.Given(), num_layers=NUM_LAYERS, tokens=1024, rows=1)
+    option = choose.fewest_layers(work(), budget, tokens=1024, rows=1)
     assert option.cuts.checkpointed_layers == layers
 
 
 def test_a_stage_without_a_rollout_is_bound_by_its_learning_alone():
-    found, _ = choose.choose(
-        lambda cuts: {"sft": {"activations": phases_of(cuts)["update"]["activations"]}},
-        20 * 1024,
-        choose.Given(rollout_rows=1),
-        num_layers=NUM_LAYERS,
-        num_sequences=2,
-        tokens_each=512,
+    sft = replace(
+        work(2, 512, choose.Given(rollout_rows=1)),
+        plan=lambda cuts: {"sft": {"activations": phases_of(cuts)["update"]["activations"]}},
     )
+    found, _ = choose.choose(sft, 20 * 1024)
     assert found is not None
     assert cuts_of(found) == (1024, 1, 0)
 
@@ -133,6 +135,20 @@ def test_the_peak_is_the_largest_phase_and_not_their_sum():
     cuts = Cuts(micro_batch_tokens=10, rollout_rows=3, checkpointed_layers=0)
     assert choose.Option(cuts=cuts, phases=phases_of(cuts), relative_time=1.0).peak == 300
     assert choose.rollout_bytes(phases_of, 3, NUM_LAYERS) == 300
+
+
+def test_whether_anything_fits_is_told_by_the_smallest_parts():
+    # A sequence of 1024 tokens, all layers recomputed: 4 bytes a token; one row decoded: 100.
+    assert choose.fits_smallest(work(), 4096)
+    assert not choose.fits_smallest(work(), 4095)
+    assert choose.fits_smallest(work(8, 1), 100)
+    assert not choose.fits_smallest(work(8, 1), 99)
+    # What is given is kept: 10 tokens x (20 - 2 x 3) = 140, or 2 rows of 100.
+    given = choose.Given(micro_batch_tokens=10, checkpointed_layers=3)
+    assert choose.fits_smallest(work(8, 1024, given), 140)
+    assert not choose.fits_smallest(work(8, 1024, given), 139)
+    assert not choose.fits_smallest(work(8, 1, choose.Given(rollout_rows=2)), 199)
+    assert not choose.fits_smallest(work(8, 1, choose.Given(checkpointed_layers=0, micro_batch_tokens=9)), 179)
 
 
 def test_relative_time():

@@ -39,37 +39,61 @@ class Option:
         return peak(self.phases)
 
 
-def choose(
-    plan: Callable[[Cuts], Phases], budget: int, given: Given, *, num_layers: int, num_sequences: int, tokens_each: int
-) -> tuple[Option | None, list[Option]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What has to be cut, and what a plan says about each way to cut it."""
+
+    plan: Callable[[Cuts], Phases]
+    given: Given
+    num_layers: int
+    num_sequences: int
+    tokens_each: int
+    """Of a sequence."""
+
+
+def choose(work: Work, budget: int) -> tuple[Option | None, list[Option]]:
     """(the cheapest option within `budget` bytes or None, every option looked at).
 
     Rows decoded together are as many as fit. For each size of micro-batch as few layers as possible are checkpointed.
     The last option looked at is the smallest there is, whether it fits or not.
     """
-    groups = row_groups(num_sequences, given.rollout_rows)
-    rows = next((rows for rows in groups if rollout_bytes(plan, rows, num_layers) <= budget), given.rollout_rows or 1)
-    options: list[Option] = []
-    for tokens in micro_batch_sizes(num_sequences * tokens_each, tokens_each, given.micro_batch_tokens):
-        options.append(fewest_layers(plan, budget, given, num_layers=num_layers, tokens=tokens, rows=rows))
+    given = work.given
+    layers = given.checkpointed_layers or 0  # a rollout recomputes nothing; what is asked for here is needed anyway
+    groups = row_groups(work.num_sequences, given.rollout_rows)
+    rows = next((rows for rows in groups if rollout_bytes(work.plan, rows, layers) <= budget), given.rollout_rows or 1)
+    num_tokens = work.num_sequences * work.tokens_each
+    options = [
+        fewest_layers(work, budget, tokens=tokens, rows=rows)
+        for tokens in micro_batch_sizes(num_tokens, work.tokens_each, given.micro_batch_tokens)
+    ]
     fitting = [option for option in options if option.peak <= budget]
     return min(fitting, key=lambda option: option.relative_time, default=None), options
 
 
-def rollout_bytes(plan: Callable[[Cuts], Phases], rows: int, num_layers: int) -> int:
+def fits_smallest(work: Work, budget: int) -> bool:
+    """Whether the smallest parts that work can be cut into fit; then `choose` finds an option."""
+    layers = work.num_layers if work.given.checkpointed_layers is None else work.given.checkpointed_layers
+    cuts = Cuts(
+        micro_batch_tokens=work.given.micro_batch_tokens or work.tokens_each,
+        rollout_rows=work.given.rollout_rows or 1,
+        checkpointed_layers=layers,
+    )
+    return peak(work.plan(cuts)) <= budget
+
+
+def rollout_bytes(plan: Callable[[Cuts], Phases], rows: int, layers: int) -> int:
     """What decoding this many rows together needs; 0 in a plan without a rollout (stage 1)."""
-    phases = plan(Cuts(micro_batch_tokens=1, rollout_rows=rows, checkpointed_layers=num_layers))
+    phases = plan(Cuts(micro_batch_tokens=1, rollout_rows=rows, checkpointed_layers=layers))
     return sum(phases["rollout"].values()) if "rollout" in phases else 0
 
 
-def fewest_layers(
-    plan: Callable[[Cuts], Phases], budget: int, given: Given, *, num_layers: int, tokens: int, rows: int
-) -> Option:
+def fewest_layers(work: Work, budget: int, *, tokens: int, rows: int) -> Option:
     """The option with this micro-batch that checkpoints the fewest layers within the budget (by bisection)."""
+    given, num_layers = work.given, work.num_layers
 
     def option(layers: int) -> Option:
         cuts = Cuts(micro_batch_tokens=tokens, rollout_rows=rows, checkpointed_layers=layers)
-        return Option(cuts=cuts, phases=plan(cuts), relative_time=relative_time(tokens, layers / num_layers))
+        return Option(cuts=cuts, phases=work.plan(cuts), relative_time=relative_time(tokens, layers / num_layers))
 
     if given.checkpointed_layers is not None:
         return option(given.checkpointed_layers)

@@ -1,6 +1,6 @@
 """From a recipe to the limits of its stages: what `hydra-rlhf plan` prints is what the trainer takes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -9,13 +9,12 @@ from transformers.configuration_utils import PretrainedConfig
 
 from hydra_rlhf.config import LoraConfig, ModelConfig, Recipe
 from hydra_rlhf.config_checks import parse_bytes
-from hydra_rlhf.memory.choose import Given, Option, choose
+from hydra_rlhf.memory.choose import Given, Option, Work, choose, fits_smallest
 from hydra_rlhf.memory.count import BaseSizes
-from hydra_rlhf.memory.plan import Cuts, Phases, Planner, Workload
+from hydra_rlhf.memory.plan import Cuts, Phases, Planner, Workload, total
 from hydra_rlhf.memory.simulate import Simulation
 from hydra_rlhf.memory.sizes import sizes_of
 from hydra_rlhf.model.roles import ROLES, STAGE1_TABLES, TRAINABLE_ROLES, RoleTable, stage1_models
-from hydra_rlhf.model.shapes import meta_trunk
 
 NO_CORRECTIONS: Mapping[str, float] = {}
 
@@ -40,16 +39,6 @@ class Decision:
             "phases": {name: dict(parts) for name, parts in self.chosen.phases.items()},
             "options": [{"peak": o.peak, "relative_time": o.relative_time, **cuts_dict(o.cuts)} for o in self.options],
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Remedy:
-    """Something to set so that less memory is needed."""
-
-    text: str
-    """What to set."""
-    change: Callable[[Recipe], Recipe]
-    """The recipe with that set."""
 
 
 def cuts_dict(cuts: Cuts) -> dict[str, int]:
@@ -105,25 +94,39 @@ def planner_of(
 
 def decide_ppo(planner: Planner, recipe: Recipe, table: RoleTable, budget: int) -> Decision:
     """Limits of stage 2 within `budget` bytes of tensors."""
+    return decide(work_of_ppo(planner, recipe, table), budget)
+
+
+def decide_stage1(planner: Planner, recipe: Recipe, stage: str, budget: int, *, lora: bool) -> Decision:
+    """Limits of a stage-1 model within `budget` bytes of tensors."""
+    return decide(work_of_stage1(planner, recipe, stage, lora=lora), budget)
+
+
+def decide(work: Work, budget: int) -> Decision:
+    """Limits of one stage."""
+    found, options = choose(work, budget)
+    return Decision(chosen=found or smallest(options), fits=found is not None, options=tuple(options))
+
+
+def work_of_ppo(planner: Planner, recipe: Recipe, table: RoleTable) -> Work:
+    """What stage 2 has to cut."""
     work, ppo = planner.workload, recipe.ppo
     given = Given(
         micro_batch_tokens=ppo.micro_batch_tokens,
         rollout_rows=ppo.sampling.batch_rows,
         checkpointed_layers=given_layers(recipe, planner.simulation.num_layers),
     )
-    found, options = choose(
-        lambda cuts: planner.ppo(table, cuts),
-        budget,
-        given,
+    return Work(
+        plan=lambda cuts: planner.ppo(table, cuts),
+        given=given,
         num_layers=planner.simulation.num_layers,
         num_sequences=work.num_sequences,
         tokens_each=work.prompt_tokens + work.response_tokens,
     )
-    return Decision(chosen=found or smallest(options), fits=found is not None, options=tuple(options))
 
 
-def decide_stage1(planner: Planner, recipe: Recipe, stage: str, budget: int, *, lora: bool) -> Decision:
-    """Limits of a stage-1 model within `budget` bytes of tensors."""
+def work_of_stage1(planner: Planner, recipe: Recipe, stage: str, *, lora: bool) -> Work:
+    """What a stage-1 model has to cut."""
     work = planner.workload
     rows = 2 if "reward" in STAGE1_TABLES[stage] else 1
     given = Given(
@@ -131,15 +134,13 @@ def decide_stage1(planner: Planner, recipe: Recipe, stage: str, budget: int, *, 
         rollout_rows=1,
         checkpointed_layers=given_layers(recipe, planner.simulation.num_layers),
     )
-    found, options = choose(
-        lambda cuts: {stage: planner.stage1(stage, cuts, lora=lora)},
-        budget,
-        given,
+    return Work(
+        plan=lambda cuts: {stage: planner.stage1(stage, cuts, lora=lora)},
+        given=given,
         num_layers=planner.simulation.num_layers,
         num_sequences=work.batch_size,
         tokens_each=rows * (work.prompt_tokens + work.data_response_tokens),
     )
-    return Decision(chosen=found or smallest(options), fits=found is not None, options=tuple(options))
 
 
 def decide_method(
@@ -150,8 +151,26 @@ def decide_method(
     corrections: Mapping[str, float] = NO_CORRECTIONS,
 ) -> Mapping[str, Decision]:
     """Every stage that a method has to go through: {stage-1 model or `ppo`: decision}."""
-    work = workload_of(recipe)
-    decisions: dict[str, Decision] = {}
+    works = works_of(recipe, config, table, corrections)
+    return {stage: decide(work, budget) for stage, (_, work) in works.items()}
+
+
+def fits(
+    recipe: Recipe, config: PretrainedConfig, table: RoleTable, budget: int, corrections: Mapping[str, float]
+) -> bool:
+    """Whether `decide_method` finds limits for every stage; most often told without all its options."""
+    works = works_of(recipe, config, table, corrections)
+    if any(total(held) > budget for held, _ in works.values()):
+        return False  # however it is cut
+    return all(fits_smallest(work, budget) or decide(work, budget).fits for _, work in works.values())
+
+
+def works_of(
+    recipe: Recipe, config: PretrainedConfig, table: RoleTable, corrections: Mapping[str, float]
+) -> Mapping[str, tuple[Mapping[str, int], Work]]:
+    """Of each stage that a method has to go through, in order: what it holds all along, and what it has to cut."""
+    workload = workload_of(recipe)
+    works: dict[str, tuple[Mapping[str, int], Work]] = {}
     for stage in stage1_models(table):
         if getattr(recipe.start, stage) is not None:
             continue  # given, not trained
@@ -159,16 +178,16 @@ def decide_method(
         planner = planner_of(
             recipe,
             config,
-            replace(work, batch_size=settings.batch_size),
+            replace(workload, batch_size=settings.batch_size),
             optimizer=settings.optimizer,
             below=False,
             corrections=corrections,
         )
         lora = settings.tuning == "lora" or recipe.model.quantization != "none"
-        decisions[stage] = decide_stage1(planner, recipe, stage, budget, lora=lora)
-    planner = planner_of(recipe, config, work, optimizer=recipe.ppo.optimizer, corrections=corrections)
-    decisions["ppo"] = decide_ppo(planner, recipe, table, budget)
-    return decisions
+        works[stage] = planner.held_stage1(stage, lora), work_of_stage1(planner, recipe, stage, lora=lora)
+    planner = planner_of(recipe, config, workload, optimizer=recipe.ppo.optimizer, corrections=corrections)
+    works["ppo"] = planner.held_ppo(table), work_of_ppo(planner, recipe, table)
+    return works
 
 
 def phases_of(decisions: Mapping[str, Decision]) -> Phases:
@@ -197,52 +216,6 @@ def recipe_for(recipe: Recipe, method: str) -> Recipe:
 def trains_adapters(table: RoleTable) -> bool:
     """Whether all that learns in stage 2 is a LoRA set."""
     return all(table[role].adapter is not None for role in TRAINABLE_ROLES if role in table)
-
-
-def relaxed(recipe: Recipe) -> Remedy | None:
-    """Leaving to the plan what a recipe says about cutting its work; None where it says nothing."""
-    stages = [
-        s for s in (*stage1_models(ROLES[recipe.method]), "ppo") if getattr(recipe, s).micro_batch_tokens is not None
-    ]
-    said = [f"{stage}.micro_batch_tokens" for stage in stages]
-    said += ["ppo.sampling.batch_rows"] if recipe.ppo.sampling.batch_rows is not None else []
-    said += ["memory.checkpointing"] if recipe.memory.checkpointing == "none" else []
-
-    def change(recipe: Recipe) -> Recipe:
-        for stage in stages:
-            recipe = replace(recipe, **{stage: replace(getattr(recipe, stage), micro_batch_tokens=None)})
-        sampling = replace(recipe.ppo.sampling, batch_rows=None)
-        checkpointing = "auto" if recipe.memory.checkpointing == "none" else recipe.memory.checkpointing
-        memory = replace(recipe.memory, checkpointing=checkpointing)
-        return replace(recipe, ppo=replace(recipe.ppo, sampling=sampling), memory=memory)
-
-    return Remedy(f"{' and '.join(said)} left to the plan", change) if said else None
-
-
-def remedies(recipe: Recipe) -> list[Remedy]:
-    """Settings that a recipe does not have yet and that need less memory, those that change least first."""
-    table = ROLES[recipe.method]
-    found: list[Remedy] = []
-    if recipe.model.dtype == "float32":
-        found.append(setting("model", dtype="bfloat16"))
-    if recipe.model.quantization == "none":  # on a packed base stage 1 trains a LoRA set anyway
-        trained = [stage for stage in stage1_models(table) if getattr(recipe.start, stage) is None]
-        full = [stage for stage in trained if getattr(recipe, stage).tuning == "full"]
-        found += [setting(stage, tuning="lora") for stage in full]
-    if trains_adapters(table) and recipe.model.quantization != "nf4":
-        found.append(setting("model", quantization="nf4"))
-    if recipe.ppo.optimizer == "adamw":
-        found.append(setting("ppo", optimizer="adamw-8bit"))
-    return found
-
-
-def setting(section: str, **changes: Any) -> Remedy:
-    """Another value of one setting."""
-    ((name, value),) = changes.items()
-    return Remedy(
-        f"{section}.{name}={value}",
-        lambda recipe: replace(recipe, **{section: replace(getattr(recipe, section), **changes)}),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,5 +247,4 @@ def _simulation(base: _Base) -> Simulation:
 
 @lru_cache(maxsize=32)
 def _sizes(base: _Base, optimizer: str) -> BaseSizes:
-    trunk = meta_trunk(base.config, base.model)
-    return sizes_of(trunk, base.lora, optimizer=optimizer, below_rank=base.below_rank)
+    return sizes_of(_simulation(base).whole, base.lora, optimizer=optimizer, below_rank=base.below_rank)

@@ -1,21 +1,21 @@
 """Passes of a few layers run on meta tensors, and the bytes they need: the very code that trains, without a number."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hydra_rlhf.memory.course import Course
 from hydra_rlhf.model.cache import PreallocatedCache, PreallocatedLayer
 from hydra_rlhf.model.heads import ScalarHead
 from hydra_rlhf.model.logprobs import token_logprobs
 from hydra_rlhf.model.trunk import Trunk
-from hydra_rlhf.runtime.tensor_bytes import TensorBytes
+from hydra_rlhf.runtime.meta_ops import KnownShapes, MetaBytes
 
 ADAPTER = "planned"
 """Name of the LoRA set on the trunks that are run."""
-
-Bytes = tuple[float, float]
-"""(kept, at the peak)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,43 +54,123 @@ class PassKind:
     """The entropy is part of the loss."""
 
 
-def counting(trunk: Trunk) -> TensorBytes:
-    """A count that knows the trunk's own tensors, so that views of them are no news."""
-    count = TensorBytes("meta")
-    count.hold([*trunk.parameters(), *trunk.buffers()])
-    return count
-
-
-def run_layers(trunk: Trunk, kind: PassKind, rows: Rows) -> Bytes:
-    """Bytes (kept by forward, at the peak) of the layers; a learning pass runs twice, as the first makes gradients."""
+def run_layers(trunk: Trunk, kind: PassKind, rows: Rows, period: int, known: KnownShapes) -> Course:
+    """The course of the layers alone, forward and, where they learn, backward beside gradients of an earlier pass."""
     trunk.requires_grad_(False)
+    trained = {}
     if kind.learns:
         trained = trunk.adapter_parameters(ADAPTER) if kind.adapter else trunk.base_parameters()
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
-    kept = before = 0
-    with counting(trunk) as count, torch.set_grad_enabled(kind.learns):
-        for _ in range(1 + kind.learns):
-            before = count.live
-            count.restart()
-            tokens = torch.zeros(rows.num, rows.prompt + rows.response, dtype=torch.long, device="meta")
-            mask = torch.ones(tokens.shape, dtype=torch.bool, device="meta")
-            hidden = trunk.hidden_states(tokens, mask, adapter=ADAPTER if kind.adapter else None)
-            kept = count.live - before
-            if kind.learns:
-                gradient = torch.empty_like(hidden)
-                hidden.backward(gradient)
-                del gradient
-            del hidden, tokens, mask
-    for parameter in trunk.parameters():
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+        parameter.grad = torch.empty_like(parameter)
+    with watched(trunk, period, known) as watch, torch.set_grad_enabled(kind.learns):
+        tokens = torch.zeros(rows.num, rows.prompt + rows.response, dtype=torch.long, device="meta")
+        mask = torch.ones(tokens.shape, dtype=torch.bool, device="meta")
+        hidden = trunk.hidden_states(tokens, mask, adapter=ADAPTER if kind.adapter else None)
+        watch.course.kept = watch.now
+        if kind.learns:
+            gradient = torch.empty_like(hidden)
+            hidden.backward(gradient)
+    for parameter in trained.values():
         parameter.grad = None
-    return kept, count.peak - before
+    return watch.course
 
 
-def run_lm_head(trunk: Trunk, kind: PassKind, rows: Rows, vocab: int, temperature: float, tile_bytes: int) -> float:
+@torch.no_grad()
+def run_rollout(trunk: Trunk, rows: Rows, *, adapter: bool, period: int, known: KnownShapes) -> Course:
+    """The course of the prefill of all prompts and of the last decode step, the cache full."""
+    name = ADAPTER if adapter else None
+    width = rows.prompt + rows.response
+    with watched(trunk, period, known) as watch:
+        cache = PreallocatedCache(width)
+        tokens = torch.zeros(rows.num, rows.prompt, dtype=torch.long, device="meta")
+        mask = torch.ones(tokens.shape, dtype=torch.bool, device="meta")
+        trunk.hidden_states(tokens, mask, adapter=name, cache=cache)
+        for layer in cache.layers:
+            assert isinstance(layer, PreallocatedLayer)
+            keys, values = (x[..., :1, :] for x in layer.filled)
+            rest = rows.response - 1
+            layer.update(keys.expand(*keys.shape[:-2], rest, -1), values.expand(*values.shape[:-2], rest, -1))
+        mask = torch.ones(rows.num, width, dtype=torch.bool, device="meta")
+        watch.decoding = True
+        trunk.hidden_states(tokens[:, :1], mask, adapter=name, cache=cache)
+        watch.course.kept = cache.num_bytes
+    return watch.course
+
+
+class Watch:
+    """Notes, while a pass runs, when it comes to the last layers, and when its backward leaves them."""
+
+    def __init__(self, count: MetaBytes, layers: list[nn.Module], period: int) -> None:
+        self.course = Course()
+        self.decoding = False
+        """The cache of all layers is there; nothing more is noted."""
+        self._count = count
+        self._before = count.live
+        count.restart()
+        self._first = len(layers) - period
+        self._period = period
+        self._at: dict[int, int] = {}
+        """Bytes when the pass came to a layer."""
+
+    @property
+    def now(self) -> int:
+        """Bytes that the pass holds at this moment."""
+        return self._count.live - self._before
+
+    def enters(self, layer: int, hidden: Tensor) -> None:
+        """The pass comes to a layer with these states."""
+        if self.decoding:
+            return
+        self._at[layer] = self.now
+        if layer == self._first:
+            self.course.deep = range(len(self._count.moments), 0)
+            if hidden.requires_grad:
+                hidden.register_hook(self._leaves)
+
+    def _leaves(self, gradient: Tensor) -> None:
+        del gradient
+        self.course.deep = range(self.course.deep.start, len(self._count.moments))
+
+    def finish(self) -> None:
+        """Make the course."""
+        self.course.moments = [moment - self._before for moment in self._count.moments]
+        if not self.course.deep and self._first in self._at:  # no backward came by
+            self.course.deep = range(self.course.deep.start, len(self.course.moments))
+        last = self._first + self._period - 1
+        if last - self._period in self._at:
+            self.course.per_layer = (self._at[last] - self._at[last - self._period]) / self._period
+
+
+@contextmanager
+def watched(trunk: Trunk, period: int, known: KnownShapes) -> Iterator[Watch]:
+    """A watch over passes of a trunk whose layers repeat after `period`; what the trunk itself holds is no news."""
+    layers = trunk.layers()
+    count = MetaBytes(known)
+    count.hold([*trunk.parameters(), *trunk.buffers(), *(p.grad for p in trunk.parameters() if p.grad is not None)])
+    watch = Watch(count, layers, period)
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs, i=i: watch.enters(i, args[0] if args else kwargs["hidden_states"]),  # noqa: ARG005
+            with_kwargs=True,
+        )
+        for i, layer in enumerate(layers)
+    ]
+    try:
+        with count:
+            yield watch
+    finally:
+        for hook in hooks:
+            hook.remove()
+    watch.finish()
+
+
+def run_lm_head(
+    trunk: Trunk, kind: PassKind, rows: Rows, vocab: int, temperature: float, tile_bytes: int, known: KnownShapes
+) -> float:
     """Most bytes of log-probs of all response tokens, forward and backward, with a head of `vocab` columns."""
     real = trunk.lm_head
-    with TensorBytes("meta") as count, torch.set_grad_enabled(kind.learns):
+    with MetaBytes(known) as count, torch.set_grad_enabled(kind.learns):
         trained = kind.learns and not kind.adapter
         weight = torch.empty((vocab, real.weight.shape[1]), dtype=real.weight.dtype, device="meta")
         head = replace(
@@ -113,10 +193,10 @@ def run_lm_head(trunk: Trunk, kind: PassKind, rows: Rows, vocab: int, temperatur
         return count.peak - before
 
 
-def run_scalar_heads(trunk: Trunk, kind: PassKind, rows: Rows) -> float:
+def run_scalar_heads(trunk: Trunk, kind: PassKind, rows: Rows, known: KnownShapes) -> float:
     """As `run_lm_head`, of a value head on all response tokens or a reward head on the last."""
     head = ScalarHead(trunk.hidden_size).to("meta").requires_grad_(kind.learns)
-    with TensorBytes("meta") as count, torch.set_grad_enabled(kind.learns):
+    with MetaBytes(known) as count, torch.set_grad_enabled(kind.learns):
         count.hold(head.parameters())
         hidden = hidden_leaf(trunk, kind, rows)
         before = count.live
@@ -131,24 +211,3 @@ def hidden_leaf(trunk: Trunk, kind: PassKind, rows: Rows) -> Tensor:
     """Hidden states that the layers left, as the heads see them."""
     shape = (rows.num, rows.prompt + rows.response, trunk.hidden_size)
     return torch.empty(shape, dtype=trunk.dtype, device="meta").requires_grad_(kind.learns)
-
-
-@torch.no_grad()
-def run_rollout(trunk: Trunk, rows: Rows, *, adapter: bool) -> Bytes:
-    """Bytes (of the cache, at the peak) of the prefill of all prompts and of the last decode step, the cache full."""
-    name = ADAPTER if adapter else None
-    width = rows.prompt + rows.response
-    with counting(trunk) as count:
-        before = count.live
-        cache = PreallocatedCache(width)
-        tokens = torch.zeros(rows.num, rows.prompt, dtype=torch.long, device="meta")
-        mask = torch.ones(tokens.shape, dtype=torch.bool, device="meta")
-        trunk.hidden_states(tokens, mask, adapter=name, cache=cache)
-        for layer in cache.layers:
-            assert isinstance(layer, PreallocatedLayer)
-            keys, values = (x[..., :1, :] for x in layer.filled)
-            rest = rows.response - 1
-            layer.update(keys.expand(*keys.shape[:-2], rest, -1), values.expand(*values.shape[:-2], rest, -1))
-        mask = torch.ones(rows.num, width, dtype=torch.bool, device="meta")
-        trunk.hidden_states(tokens[:, :1], mask, adapter=name, cache=cache)
-        return cache.num_bytes, count.peak - before

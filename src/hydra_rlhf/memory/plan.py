@@ -61,7 +61,7 @@ class Planner:
 
     def ppo(self, table: RoleTable, cuts: Cuts) -> dict[str, dict[str, int]]:
         """Bytes of the phases rollout, score and update of stage 2."""
-        held = self._held(table)
+        held = self.held_ppo(table)
         work = self.workload
         sequence = work.prompt_tokens + work.response_tokens
         batch = work.num_sequences * (sequence * TOKEN_BYTES + work.response_tokens * RESPONSE_TOKEN_BYTES)
@@ -106,20 +106,27 @@ class Planner:
         sequence = work.prompt_tokens + work.data_response_tokens
         num = micro_rows(cuts, sequence * (2 if pairs else 1), work.batch_size) * (2 if pairs else 1)
         rows = Rows(num=num, prompt=work.prompt_tokens, response=work.data_response_tokens)
-        body = self.sizes.lora if lora else self.sizes.trunk
-        heads = [self.sizes.scalar_head for role in table.values() if role.head != "lm"]
         kind = replace(kind_of(lora, table), learns=True, half=pairs)
         need = self.simulation.micro_batch(kind, rows, checkpointed=cuts.checkpointed_layers)
-        trained = [body, *heads]
-        held = dict.fromkeys(PARTS, 0) | {
-            "weights": self.sizes.trunk.num_bytes,
-            "adapters": (self.sizes.lora.num_bytes if lora else 0) + sum(head.num_bytes for head in heads),
-            "optimizer": sum(part.optimizer_bytes for part in trained),
-        }
         once = num == work.batch_size * (2 if pairs else 1)
+        held, trained = self.held_stage1(stage, lora), self._trained_in_stage1(table, lora)
         return max(learning(held, trained, need, once=once), key=total)
 
-    def _held(self, table: RoleTable) -> dict[str, int]:
+    def held_stage1(self, stage: str, lora: bool) -> dict[str, int]:
+        """What stage 1 holds all along, however its work is cut."""
+        body, *heads = trained = self._trained_in_stage1(STAGE1_TABLES[stage], lora)
+        return dict.fromkeys(PARTS, 0) | {
+            "weights": self.sizes.trunk.num_bytes,
+            "adapters": (body.num_bytes if lora else 0) + sum(head.num_bytes for head in heads),
+            "optimizer": sum(part.optimizer_bytes for part in trained),
+        }
+
+    def _trained_in_stage1(self, table: RoleTable, lora: bool) -> list[Part]:
+        heads = [self.sizes.scalar_head for role in table.values() if role.head != "lm"]
+        return [self.sizes.lora if lora else self.sizes.trunk, *heads]
+
+    def held_ppo(self, table: RoleTable) -> dict[str, int]:
+        """What stage 2 holds all along, however its work is cut."""
         counted = count_method(table, self.sizes)
         return dict.fromkeys(PARTS, 0) | {
             "weights": counted.trunks,

@@ -8,22 +8,20 @@ import torch
 from transformers.configuration_utils import PretrainedConfig
 
 from hydra_rlhf.config import Recipe
-from hydra_rlhf.memory.budget import PROCESS_BYTES, tensor_budget
+from hydra_rlhf.memory.budget import tensor_budget
 from hydra_rlhf.memory.choose import MAX_MICRO_BATCH_TOKENS
 from hydra_rlhf.memory.decide import (
     NO_CORRECTIONS,
     Decision,
-    Remedy,
     decide_method,
     decide_stage1,
     phases_of,
     planner_of,
     recipe_for,
-    relaxed,
-    remedies,
     workload_of,
 )
 from hydra_rlhf.memory.plan import Cuts, peak, total
+from hydra_rlhf.memory.remedy import find_remedy
 from hydra_rlhf.model.load import pick_device
 from hydra_rlhf.model.roles import ROLES, RoleTable
 from hydra_rlhf.model.shapes import find_config
@@ -132,30 +130,3 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def find_remedy(
-    recipe: Recipe, config: PretrainedConfig, table: RoleTable, budget: int, corrections: Mapping[str, float]
-) -> str:
-    """The settings that would make a method fit, none of them needless, or that none of those known does."""
-
-    def needed(changes: list[Remedy]) -> int:
-        """Bytes with these changes; 0 where they fit."""
-        changed = recipe
-        for remedy in changes:
-            changed = remedy.change(changed)
-        decisions = decide_method(changed, config, table, budget, corrections)
-        return 0 if all(decision.fits for decision in decisions.values()) else peak(phases_of(decisions))
-
-    steps, freeing = remedies(recipe), relaxed(recipe)
-    attempts = [steps[:count] + more for count in range(len(steps) + 1) for more in ([], [freeing] if freeing else [])]
-    changes = next((changes for changes in attempts if not needed(changes)), None)
-    if changes is None:
-        names = ", ".join(remedy.text for remedy in attempts[-1])
-        with_all = f"with {names}" if names else "as it is"
-        return f"no setting makes it fit; {with_all} it needs {(needed(attempts[-1]) + PROCESS_BYTES) / 2**30:.1f} GiB"
-    for remedy in list(changes):  # a later change may have made an earlier one needless
-        without = [other for other in changes if other is not remedy]
-        if without and not needed(without):
-            changes = without
-    return f"fits with {', '.join(remedy.text for remedy in changes)}"

@@ -6,13 +6,14 @@ few layers is run; layers are alike, so bytes grow linearly with their number.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 from transformers.configuration_utils import PretrainedConfig
 
 from hydra_rlhf.config import LoraConfig, ModelConfig
+from hydra_rlhf.memory.course import Course, Need
 from hydra_rlhf.memory.meta_passes import (
     ADAPTER,
-    Bytes,
     PassKind,
     Rows,
     run_layers,
@@ -22,13 +23,11 @@ from hydra_rlhf.memory.meta_passes import (
 )
 from hydra_rlhf.model.load import DTYPES
 from hydra_rlhf.model.sample import DRAW_BYTES
-from hydra_rlhf.model.shapes import meta_trunk
+from hydra_rlhf.model.shapes import layer_period, meta_trunk, whole_trunk
 from hydra_rlhf.model.tiled_logprobs import tile_shape
 from hydra_rlhf.model.trunk import Trunk, text_config
+from hydra_rlhf.runtime.meta_ops import KnownShapes
 
-DEPTHS = (2, 4)
-"""Layers of the two models that are run: even, for families that alternate two kinds; the first layer is a special
-case (its input needs no gradient), so there is at least one more."""
 FEW_TILES = 2
 """Tiles of logits that are run each way; more of them need no more memory."""
 
@@ -60,23 +59,43 @@ class Simulation:
     """Measured over simulated bytes of the passes of rollout, score and update, where a probe has measured them."""
     below_rank: int = 0
     """Rank of the LoRA set that stage 1 left on a quantised base; 0 = none."""
-    _trunks: dict[tuple[int, bool], Trunk] = field(default_factory=dict)
-    _known: dict[tuple[object, ...], Bytes] = field(default_factory=dict)
+    _trunks: dict[bool, Trunk] = field(default_factory=dict)
+    _needs: dict[tuple[object, ...], Need] = field(default_factory=dict)
+    _heads_need: dict[tuple[object, ...], float] = field(default_factory=dict)
+    _found: dict[tuple[PassKind, Rows, int], PassBytes] = field(default_factory=dict)
+    _shapes: KnownShapes = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
         """Of the real model."""
         return text_config(self.config).num_hidden_layers
 
+    @cached_property
+    def whole(self) -> Trunk:
+        """The model at its full depth, without an adapter; only looked at."""
+        return whole_trunk(self.config, self.model)
+
     def micro_batch(self, kind: PassKind, rows: Rows, *, checkpointed: int = 0) -> PassBytes:
         """One micro-batch through trunk and heads, with `checkpointed` of the layers recomputed in backward."""
-        kept, peak = self._through_layers(kind, rows, recompute=False)
-        if checkpointed and kind.learns:
-            inputs, recomputing = self._through_layers(kind, rows, recompute=True)
-            working, share = peak - kept, checkpointed / self.num_layers
-            kept = share * inputs + (1.0 - share) * kept
+        key = (kind, rows, checkpointed if kind.learns else 0)
+        if key not in self._found:
+            self._found[key] = self._micro_batch(*key)
+        return self._found[key]
+
+    def _micro_batch(self, kind: PassKind, rows: Rows, checkpointed: int) -> PassBytes:
+        num, layers = rows.num, self.num_layers
+        if checkpointed < layers:
+            plain = self.layers(kind, rows, recompute=False)
+            kept, peak = plain.kept(num, layers), plain.peak(num, layers)
+        else:
+            recomputed = self.layers(kind, rows, recompute=True)
+            kept, peak = recomputed.kept(num, layers), recomputed.peak(num, layers)
+        if 0 < checkpointed < layers:
+            recomputed = self.layers(kind, rows, recompute=True)
+            working, share = plain.deep_peak(num, layers) - kept, checkpointed / layers
+            kept = share * recomputed.kept(num, layers) + (1.0 - share) * kept
             # Backward begins in the layers that were kept; once they are gone one layer at a time is made again.
-            peak = max(kept + working, recomputing) if share < 1.0 else recomputing
+            peak = max(kept + working, recomputed.peak(num, checkpointed))
         head = kept + self._heads(kind, rows)
         if kind.learns and kind.lm_head and not kind.adapter:
             peak += self._tied_head_gradient()
@@ -85,53 +104,51 @@ class Simulation:
 
     def rollout(self, rows: Rows, *, adapter: bool) -> PassBytes:
         """Prefill, a draw and the last decode step of one row group."""
-        cache, peak = self._extrapolated(
-            rows,
-            ("rollout", adapter),
-            lambda trunk, few: run_rollout(trunk, few, adapter=adapter),
-            recompute=False,
-        )
-        vocab = len(self._small_trunk().lm_head.weight)
+        need = self.decoding(rows, adapter=adapter)
+        cache, peak = need.kept(rows.num, self.num_layers), need.peak(rows.num, self.num_layers)
+        vocab = len(self.whole.lm_head.weight)
         drawing = cache + min(rows.num, max(1, self.tile_bytes // (DRAW_BYTES * vocab))) * vocab * DRAW_BYTES
         by = self.corrections.get("rollout", 1.0)
         return PassBytes(
             kept=cache, head=cache + by * (drawing - cache), peak=cache + by * (max(peak, drawing) - cache)
         )
 
-    def _through_layers(self, kind: PassKind, rows: Rows, *, recompute: bool) -> Bytes:
+    def layers(self, kind: PassKind, rows: Rows, *, recompute: bool) -> Need:
+        """The layers of a micro-batch alone; all or none of them are recomputed."""
         kind = PassKind(adapter=kind.adapter, learns=kind.learns)  # nothing else of it reaches the layers
-        return self._extrapolated(
-            rows, ("layers", kind), lambda trunk, few: run_layers(trunk, kind, few), recompute=recompute
-        )
+        rows = Rows(num=rows.num, prompt=rows.prompt + rows.response, response=0)
+        return self._need(("layers", kind), rows, partial(run_layers, kind=kind), recompute=recompute)
 
-    def _extrapolated(
-        self, rows: Rows, name: tuple[object, ...], run: Callable[[Trunk, Rows], Bytes], *, recompute: bool
-    ) -> Bytes:
-        """`run` on all rows and all layers, from what it gives for one and two rows and two small models.
+    def decoding(self, rows: Rows, *, adapter: bool) -> Need:
+        """Prefill and last decode step of a row group, without its draw."""
+        return self._need(("decoding", adapter), rows, partial(run_rollout, adapter=adapter), recompute=False)
 
-        Bytes are linear in both: rows share nothing, and layers are alike.
-        """
-        one, two = (self._at_full_depth(replace(rows, num=num), name, run, recompute=recompute) for num in (1, 2))
-        return _mix(two, one, rows.num - 1.0)
+    def _need(self, name: tuple[object, ...], rows: Rows, run: Callable[..., Course], *, recompute: bool) -> Need:
+        """What a pass needs with any number of rows of this shape, from its courses with one and with two."""
+        key = (*name, rows.prompt, rows.response, recompute)
+        if key not in self._needs:
+            trunk = self._trunk(recompute=recompute)
+            one, two = (
+                run(trunk, rows=replace(rows, num=num), period=self._period, known=self._shapes) for num in (1, 2)
+            )
+            self._needs[key] = Need.of(one, two, self._depth)
+        return self._needs[key]
 
-    def _at_full_depth(
-        self, rows: Rows, name: tuple[object, ...], run: Callable[[Trunk, Rows], Bytes], *, recompute: bool
-    ) -> Bytes:
-        key = (*name, rows, recompute)
-        if key not in self._known:
-            first, second = DEPTHS
-            if self.num_layers <= second:
-                self._known[key] = run(self._trunk(self.num_layers, recompute=recompute), rows)
-            else:
-                low, high = (run(self._trunk(depth, recompute=recompute), rows) for depth in DEPTHS)
-                self._known[key] = _mix(high, low, (self.num_layers - first) / (second - first))
-        return self._known[key]
+    @cached_property
+    def _period(self) -> int:
+        """Layers after which their kinds repeat."""
+        return layer_period(self.whole)
+
+    @property
+    def _depth(self) -> int:
+        """Layers that are run: the first, whose input needs no gradient, one more to compare with, and all kinds."""
+        return min(self.num_layers, self._period + 2)
 
     def _heads(self, kind: PassKind, rows: Rows) -> float:
         """Most bytes while the heads run forward and backward, on top of what the layers keep."""
-        trunk = self._small_trunk()
+        trunk = self.whole
         one, two = (
-            self._once(("scalar", kind, few), lambda few=few: run_scalar_heads(trunk, kind, few))
+            self._once(("scalar", kind, few), lambda few=few: run_scalar_heads(trunk, kind, few, self._shapes))
             for few in (replace(rows, num=1), replace(rows, num=2))
         )
         scalar = one + (two - one) * (rows.num - 1)
@@ -141,6 +158,7 @@ class Simulation:
         """As `_heads`, of the LM head alone. A large one is run on a few tiles: bytes are linear in both its sides."""
         vocab, width = trunk.lm_head.weight.shape
         read = replace(rows, num=max(1, rows.num // 2)) if kind.half else rows
+        kind = PassKind(adapter=kind.adapter, learns=kind.learns, entropy_gradient=kind.entropy_gradient)
         tile_rows, tile_columns = tile_shape(2**30, vocab, self.tile_bytes)
         columns = min(vocab, FEW_TILES * tile_columns)
         trained = kind.learns and not kind.adapter
@@ -150,7 +168,7 @@ class Simulation:
             part = replace(read, num=num)
             return self._once(
                 ("lm", kind, part, columns),
-                lambda: run_lm_head(trunk, kind, part, columns, self.temperature, self.tile_bytes),
+                lambda: run_lm_head(trunk, kind, part, columns, self.temperature, self.tile_bytes, self._shapes),
             )
 
         if read.num * rows.response * vocab * 4 <= self.tile_bytes:  # the direct path, on the whole vocabulary
@@ -162,24 +180,18 @@ class Simulation:
         return low + (high - low) * (read.num - few) / few + left_out
 
     def _once(self, key: tuple[object, ...], run: Callable[[], float]) -> float:
-        if key not in self._known:
-            needed = run()
-            self._known[key] = (needed, needed)
-        return self._known[key][0]
+        if key not in self._heads_need:
+            self._heads_need[key] = run()
+        return self._heads_need[key]
 
     def _tied_head_gradient(self) -> float:
         """A tied head's gradient waits for the embedding's through the whole backward."""
-        trunk = self._small_trunk()
-        weight, embedding = trunk.lm_head.weight, trunk.model.get_input_embeddings().weight
+        weight, embedding = self.whole.lm_head.weight, self.whole.model.get_input_embeddings().weight
         return weight.numel() * weight.element_size() if weight is embedding else 0.0
 
-    def _small_trunk(self) -> Trunk:
-        return self._trunk(min(self.num_layers, DEPTHS[0]), recompute=False)
-
-    def _trunk(self, num_layers: int, *, recompute: bool) -> Trunk:
-        key = (num_layers, recompute)
-        if key not in self._trunks:
-            trunk = meta_trunk(self.config, self.model, num_layers=num_layers)
+    def _trunk(self, *, recompute: bool) -> Trunk:
+        if recompute not in self._trunks:
+            trunk = meta_trunk(self.config, self.model, num_layers=self._depth)
             for name, rank in (("below", self.below_rank), (ADAPTER, self.lora.rank)):
                 if rank:
                     trunk.add_adapter(
@@ -194,11 +206,5 @@ class Simulation:
                 trunk.keep_below("below")
             if recompute:
                 trunk.enable_checkpointing()
-            self._trunks[key] = trunk
-        return self._trunks[key]
-
-
-def _mix(one: Bytes, other: Bytes, share: float) -> Bytes:
-    """share * one + (1 - share) * other, entry by entry; a share above 1 extrapolates."""
-    kept, peak = (share * a + (1.0 - share) * b for a, b in zip(one, other, strict=True))
-    return kept, peak
+            self._trunks[recompute] = trunk
+        return self._trunks[recompute]

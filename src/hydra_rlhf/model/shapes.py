@@ -1,6 +1,8 @@
 """Models as shapes alone: known ones by name, any other from its config, built on the meta device without a weight."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from hydra_rlhf.model.load import (
 from hydra_rlhf.model.lora import find_linears
 from hydra_rlhf.model.quantized import QuantizedLinear, can_pack
 from hydra_rlhf.model.trunk import Trunk, text_config
+from hydra_rlhf.runtime.meta_ops import MetaBytes
 
 SHAPE = "shape:"
 RANDOM_STD = 0.02
@@ -123,10 +126,41 @@ def meta_trunk(config: PretrainedConfig, model: ModelConfig, *, num_layers: int 
     config = with_layers(config, num_layers or text_config(config).num_hidden_layers)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config, attn_implementation=attention_implementation(config))
-    trunk = Trunk(to_dtype(built, DTYPES[model.dtype]))
-    if model.quantization != "none":
-        quantize_linears(trunk, model.quantization)
+    with MetaBytes():  # the weights of all layers have the same few shapes
+        trunk = Trunk(to_dtype(built, DTYPES[model.dtype]))
+        if model.quantization != "none":
+            quantize_linears(trunk, model.quantization)
     return trunk
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What a model as shapes depends on."""
+
+    config_json: str
+    model: ModelConfig
+    config: PretrainedConfig = field(compare=False)
+
+
+def whole_trunk(config: PretrainedConfig, model: ModelConfig) -> Trunk:
+    """The model of a config at its full depth on the meta device, made once in a process: only to be looked at."""
+    return _whole_trunk(_Model(config.to_json_string(use_diff=False), model, config))
+
+
+@lru_cache(maxsize=16)
+def _whole_trunk(model: _Model) -> Trunk:
+    return meta_trunk(model.config, model.model)
+
+
+def layer_period(trunk: Trunk) -> int:
+    """After how many layers their kinds repeat, 1 where all are alike; the number of layers where they never do."""
+    layers = trunk.layers()
+    types = getattr(text_config(trunk.model.config), "layer_types", None) or [""] * len(layers)
+    kinds = [
+        (kind, *((name, type(m), *(p.shape for p in m.parameters(recurse=False))) for name, m in layer.named_modules()))
+        for kind, layer in zip(types, layers, strict=True)
+    ]
+    return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
 
 
 def random_trunk(config: PretrainedConfig, model: ModelConfig) -> Trunk:
