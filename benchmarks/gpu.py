@@ -4,11 +4,12 @@
     python benchmarks/gpu.py --out benchmarks/results/gpu.json --part nf4
     python benchmarks/gpu.py --out benchmarks/results/gpu.json --part curve --budgets 64GiB 70GiB
 
-Every row is written as soon as it is there, so that a part which is cut off keeps what it has. `--method` runs a part for
-some methods and leaves the rows of the others in the file.
+Every row is written as soon as it is there, so that a part which is cut off keeps what it has. `--method` runs a part
+for some methods and leaves the rows of the others in the file.
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,21 +73,18 @@ def curve(args: argparse.Namespace) -> Rows:
             yield bench, row | {"budget": text}
 
 
-class allocator_cap:  # noqa: N801 (used as a function)
-    """Hold CUDA's allocator of this process to so many bytes inside the block; elsewhere nothing is held."""
-
-    def __init__(self, device: torch.device, num_bytes: int) -> None:
-        self._device = device if device.type == "cuda" else None
-        self._num_bytes = num_bytes
-
-    def __enter__(self) -> None:
-        if self._device is not None:
-            total = torch.cuda.get_device_properties(self._device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self._num_bytes / total), self._device)
-
-    def __exit__(self, *_: object) -> None:
-        if self._device is not None:
-            torch.cuda.set_per_process_memory_fraction(1.0, self._device)
+@contextlib.contextmanager
+def allocator_cap(device: torch.device, num_bytes: int) -> Iterator[None]:
+    """Hold CUDA's allocator of this process to so many bytes inside the block; on other devices nothing is held."""
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Rows]] = {"methods": methods, "nf4": nf4, "curve": curve}
