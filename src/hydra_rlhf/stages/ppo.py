@@ -9,7 +9,7 @@ import torch
 
 from hydra_rlhf.algorithms.advantages import explained_variance, gae
 from hydra_rlhf.algorithms.kl import kl_estimate, next_kl_coef
-from hydra_rlhf.algorithms.masking import standardize
+from hydra_rlhf.algorithms.masking import standardize, zero_outside
 from hydra_rlhf.algorithms.rewards import shape_scores, token_rewards, update_moments
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
@@ -20,7 +20,6 @@ from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.ppo_state import PPOState, build_optimizers, restore, save
 from hydra_rlhf.stages.ppo_update import update
-from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.rollout import (
     collect_rollout,
     prompt_batch,
@@ -29,6 +28,7 @@ from hydra_rlhf.stages.rollout import (
     sequence_kl,
     summarise,
 )
+from hydra_rlhf.stages.scoring.sources import Scoring, next_moments, with_moments
 from hydra_rlhf.stages.session import Session, due
 from hydra_rlhf.stages.timing import Stopwatch
 
@@ -41,7 +41,7 @@ def train_ppo_stage(
     config: PPOConfig,
     *,
     seed: int,
-    reward_fn: RewardFunction | None = None,
+    reward_fn: Scoring | None = None,
     held_out: HeldOut | None = None,
     limits: StageLimits | None = None,
 ) -> PPOState:
@@ -83,11 +83,12 @@ def train_ppo_stage(
                     config.reward,
                     temperature=config.sampling.temperature,
                     limits=state.limits,
-                    reward_fn=reward_fn,
+                    reward_fn=with_moments(reward_fn, state.source_moments),
                 )
 
             # Judge: turn scores and token KL into rewards, and rewards into advantages and returns.
             moments = update_moments(state.moments, rollout.scores)
+            source_moments = next_moments(state.source_moments, rollout.source_scores, config.reward)
             targets = judge(
                 rollout, config, kl_coef=state.kl_coef, scale=moments.scale if config.reward.normalize else 1.0
             )
@@ -106,10 +107,14 @@ def train_ppo_stage(
                 state,
                 step=state.step + 1,
                 moments=moments,
+                source_moments=source_moments,
+                held_out_moments=state.held_out_moments or source_moments,
                 kl_coef=steered_kl_coef(config, state.kl_coef, metrics["kl/reference"], len(rollout.responses)),
             )
             if held_out is not None and config.eval_every and due(config.eval_every, state.step, config.num_steps):
-                seen, samples = held_out.look(model, chat, config, seed=seed, limits=state.limits)
+                seen, samples = held_out.look(
+                    model, chat, config, seed=seed, limits=state.limits, moments=state.held_out_moments
+                )
                 metrics |= seen
                 if seen["eval/score"] > (-math.inf if state.best_score is None else state.best_score):
                     state = replace(state, best_step=state.step, best_score=seen["eval/score"])
@@ -127,8 +132,11 @@ def train_ppo_stage(
 
 
 def judge(rollout: Rollout, config: PPOConfig, *, kl_coef: float, scale: float) -> PPOTargets:
-    """Rewards, advantages and returns of a rollout; `scale` divides scores (running standard deviation, or 1)."""
-    mask = rollout.batch.response_mask
+    """Rewards, advantages and returns of a rollout; `scale` divides scores (running standard deviation, or 1).
+
+    Rows that are not valid have none of them, and count in no mean or spread.
+    """
+    mask, learn_mask = rollout.batch.response_mask, rollout.learn_mask
     estimator = config.kl_estimator or {"reward": "k1", "loss": "k2"}[config.kl_in]
     in_reward = estimator != "none" and config.kl_in == "reward"
     shaped = shape_scores(
@@ -142,12 +150,14 @@ def judge(rollout: Rollout, config: PPOConfig, *, kl_coef: float, scale: float) 
         kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator)  # pyright: ignore[reportArgumentType]
     else:
         kl = torch.zeros_like(rollout.logprobs)
-    rewards = token_rewards(shaped, rollout.dense_rewards / scale, kl, mask, kl_coef=kl_coef)
-    advantages, returns = gae(rewards, rollout.values, mask, discount=config.discount, gae_lambda=config.gae_lambda)
+    rewards = zero_outside(token_rewards(shaped, rollout.dense_rewards / scale, kl, mask, kl_coef=kl_coef), learn_mask)
+    advantages, returns = gae(
+        rewards, rollout.values, learn_mask, discount=config.discount, gae_lambda=config.gae_lambda
+    )
     in_loss = estimator != "none" and config.kl_in == "loss"
     return PPOTargets(
         rewards=rewards,
-        advantages=standardize(advantages, mask),
+        advantages=standardize(advantages, learn_mask),
         returns=returns,
         kl_coef=kl_coef if in_loss else 0.0,
     )
@@ -164,10 +174,10 @@ def steered_kl_coef(config: PPOConfig, kl_coef: float, measured_kl: float, num_s
 
 def describe(rollout: Rollout, targets: PPOTargets, *, kl_coef: float) -> dict[str, float]:
     """Metrics of a rollout and of what it is learned from."""
-    mask = rollout.batch.response_mask
+    mask = rollout.learn_mask
     return {
         **summarise(rollout),
-        "reward/mean": torch.where(mask, targets.rewards, 0.0).sum(dim=1).mean().item(),
+        "reward/mean": torch.where(mask, targets.rewards, 0.0).sum(dim=1)[rollout.valid].mean().item(),
         "kl/coef": kl_coef,
         "ppo/explained_variance": explained_variance(rollout.values, targets.returns, mask).item(),
     }
