@@ -10,7 +10,7 @@ from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.stages.held_out import GoldFunction, sample_and_score
 from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.rollout import sequence_kl
-from hydra_rlhf.stages.scoring.sources import Scoring
+from hydra_rlhf.stages.scoring.reward_sources import Scoring
 
 
 def compare_with_reference(

@@ -21,7 +21,7 @@ from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.datasets import Datasets, RawData, prompt_texts
 from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.ppo_state import moments_of
-from hydra_rlhf.stages.scoring.sources import Scoring, SourceMoments, with_moments
+from hydra_rlhf.stages.scoring.reward_sources import Scoring, SourceMoments, with_moments
 from hydra_rlhf.stages.session import Session
 from hydra_rlhf.stages.settle import PLAN_FILE, plan_every_method
 

@@ -19,7 +19,7 @@ from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.pipeline import method_table, stage1_folders
 from hydra_rlhf.stages.rollout import sequence_kl
 from hydra_rlhf.stages.scoring.kinds import open_sources
-from hydra_rlhf.stages.scoring.sources import SourceMoments, with_moments
+from hydra_rlhf.stages.scoring.reward_sources import SourceMoments, with_moments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

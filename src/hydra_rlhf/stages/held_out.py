@@ -16,7 +16,7 @@ from hydra_rlhf.stages.rollout import (
     sequence_kl,
     summarise,
 )
-from hydra_rlhf.stages.scoring.sources import Scoring, SourceMoments, with_moments
+from hydra_rlhf.stages.scoring.reward_sources import Scoring, SourceMoments, with_moments
 
 GoldFunction = Callable[[str, str], float]
 """(prompt, response) -> the world's gold score. For reports only: training never sees it."""

@@ -30,7 +30,7 @@ from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.quantized_start import check_packages, check_quantization, check_start_base
 from hydra_rlhf.stages.scoring.kinds import open_sources
-from hydra_rlhf.stages.scoring.sources import RewardSources
+from hydra_rlhf.stages.scoring.reward_sources import RewardSources
 from hydra_rlhf.stages.session import Session
 from hydra_rlhf.stages.settle import settle_ppo, settle_stage1
 from hydra_rlhf.stages.supervised import Loss, train_supervised

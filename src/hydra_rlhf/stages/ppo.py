@@ -28,7 +28,7 @@ from hydra_rlhf.stages.rollout import (
     sequence_kl,
     summarise,
 )
-from hydra_rlhf.stages.scoring.sources import Scoring, next_moments, with_moments
+from hydra_rlhf.stages.scoring.reward_sources import Scoring, next_moments, with_moments
 from hydra_rlhf.stages.session import Session, due
 from hydra_rlhf.stages.timing import Stopwatch
 

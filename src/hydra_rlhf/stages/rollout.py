@@ -18,7 +18,7 @@ from hydra_rlhf.records import PromptBatch, Responses, RoleOutput, Rollout, Toke
 from hydra_rlhf.runtime.randomness import permutation, uniforms
 from hydra_rlhf.stages.limits import StageLimits, map_micro_batches, map_row_groups
 from hydra_rlhf.stages.micro_batches import micro_batches
-from hydra_rlhf.stages.scoring.sources import Scoring, as_sources, source_metrics
+from hydra_rlhf.stages.scoring.reward_sources import Scoring, as_sources, source_metrics
 
 FIELDS_OF = {
     "actor": {"logprobs": "logprobs", "entropy": "entropy"},

@@ -11,9 +11,9 @@ from hydra_rlhf.model.classifier import Classifier
 from hydra_rlhf.stages.reward_fn import RewardFunction, call_reward_fn, import_function, load_reward_fn
 from hydra_rlhf.stages.scoring.isolated import IsolatedFunction
 from hydra_rlhf.stages.scoring.outcomes import Outcome, ScoreRequest, check_returned
+from hydra_rlhf.stages.scoring.reward_sources import OpenSource, RewardSources, function_source
 from hydra_rlhf.stages.scoring.rules import score_keywords, score_length, score_regex, score_repetition
 from hydra_rlhf.stages.scoring.service import RewardService
-from hydra_rlhf.stages.scoring.sources import OpenSource, RewardSources, function_source
 
 
 @contextmanager

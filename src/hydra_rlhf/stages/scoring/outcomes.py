@@ -77,7 +77,7 @@ def check_returned(returned: Any, lengths: Sequence[int]) -> list[Outcome]:
 
 def check_value(value: Any, length: int) -> Outcome:
     """One response's score, or its per-token rewards, of which there must be `length`."""
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return check_number(value)
     if len(value) != length:
         return Failure(f"returned {len(value)} token rewards for {length} response tokens")

@@ -1,5 +1,6 @@
 """Scores from everything besides the reward head: asked together, scaled, weighed, and what a failure does."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,8 @@ from hydra_rlhf.stages.scoring.outcomes import Failure, Outcome, ScoreCall, Scor
 
 SourceMoments: TypeAlias = Mapping[str, Moments]
 """Running moments of the normalised sources, by name."""
+
+log = logging.getLogger(__name__)
 
 MEAN, STD, FAILED = "reward/NAME_mean", "reward/NAME_std", "reward/NAME_failed"
 """What is logged of each source; NAME is its name."""
@@ -82,6 +85,7 @@ class RewardSources:
             outcomes = score_in_parts(source.call, request, source.batch_rows, max_failed=max_failed)
             failed |= {row: f"{config.name} {reason}" for row, reason in failures(outcomes)}
             refuse_failures(config, outcomes, failed, max_failed_frac=max_failed_frac)
+            tell_failures(config, outcomes)
             own, own_dense = as_tensors(outcomes, mask)
             source_scores[config.name] = own
             if config.on_failure == "mask":
@@ -183,6 +187,17 @@ def refuse_failures(
         raise RewardFunctionError(
             f"{len(failed)} of {len(outcomes)} responses could not be scored, more than "
             f"ppo.reward.max_failed_frac={max_failed_frac:g} allows; row {row}: {config.name} {reason}"
+        )
+
+
+def tell_failures(config: SourceConfig, outcomes: Sequence[Outcome]) -> None:
+    """Warn of the failures that a step goes on without."""
+    found = list(failures(outcomes))
+    if found:
+        row, reason = found[0]
+        what = "left out" if config.on_failure == "mask" else f"given {config.failure_value:g}"
+        log.warning(
+            "%d of %d responses are %s: row %d: %s %s", len(found), len(outcomes), what, row, config.name, reason
         )
 
 
