@@ -281,7 +281,9 @@ def recipe_with_overrides(source: "Path | Recipe", overrides: Sequence[str]) -> 
     if not overrides:
         return recipe
     try:
-        return tyro.cli(Recipe, prog="hydra-rlhf run RECIPE", default=recipe, args=list(overrides))
+        # Without subcommands a source that the recipe lists is changed as `--ppo.reward.sources.0.weight 2`.
+        plain = (tyro.conf.AvoidSubcommands,)
+        return tyro.cli(Recipe, prog="hydra-rlhf run RECIPE", default=recipe, args=list(overrides), config=plain)
     except ValidationError as error:
         raise ConfigError("\n".join(describe(problem) for problem in error.errors())) from error
 

@@ -1,5 +1,6 @@
 """One forward where others take two: the step is the one that scoring and an update give one after the other."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,6 +132,29 @@ def test_memory_that_runs_out_leaves_the_same_gradients(role: str):
     assert limits.num_retries == 1
     for name, gradient in expected.items():
         assert_close(found[name], gradient, atol=1e-10, rtol=0)
+
+
+def test_masked_rows_learn_nothing_here_either():
+    """Rows whose score failed: the gradients of an update of the same rollout, and nothing at all where all failed."""
+    config = ppo_config(**ONCE, kl_estimator="none")
+    hydra = wide_hydra("hydra-ppo", torch.float64)
+    rollout = rollout_of(hydra, config)
+    valid = torch.tensor([True, False, True, True, False, True, True, True])
+    rollout = replace(rollout, valid=valid, scores=torch.where(valid, rollout.scores, torch.nan))
+    optimizers, expected = catch_gradients(hydra, config)
+    update(hydra, optimizers, rollout, judge(rollout, config, kl_coef=0.1, scale=1.0), config, step=0, seed=0)
+
+    def found_with(rollout):
+        hydra = wide_hydra("hydra-ppo", torch.float64)
+        optimizers, caught = catch_gradients(hydra, config)
+        rewards = judge_tokens(rollout, config, kl_coef=0.1, scale=1.0)
+        limits = StageLimits.of(config)
+        learn_in_one_pass(hydra, optimizers, rollout, rewards, config, kl_coef=0.0, limits=limits)
+        return caught
+
+    for name, gradient in found_with(rollout).items():
+        assert_close(gradient, expected[name], atol=1e-10, rtol=0)
+    assert found_with(replace(rollout, valid=torch.zeros_like(valid))) == {}
 
 
 def test_who_scores():

@@ -9,8 +9,8 @@ from hydra_rlhf.evaluation.statistics import pair_outcomes, win_rate, win_rate_i
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.stages.held_out import GoldFunction, sample_and_score
 from hydra_rlhf.stages.limits import StageLimits
-from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.rollout import sequence_kl
+from hydra_rlhf.stages.scoring.reward_sources import Scoring
 
 
 def compare_with_reference(
@@ -20,7 +20,7 @@ def compare_with_reference(
     config: PPOConfig,
     *,
     seed: int,
-    reward_fn: RewardFunction | None,
+    reward_fn: Scoring | None,
     gold: GoldFunction | None,
     num_samples: int,
     limits: StageLimits,
@@ -28,7 +28,8 @@ def compare_with_reference(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(summary numbers, samples): win rates of the actor with intervals, scores, gold where there is one, KL, lengths.
 
-    Each side draws from its own random stream, one sample per prompt at the training temperature; ties count half.
+    Each side draws from its own random stream, one sample per prompt at the training temperature; ties count half. The
+    numbers of the score are those of the prompts whose two responses could both be scored.
     """
     actor, reference = (
         sample_and_score(
@@ -46,15 +47,16 @@ def compare_with_reference(
     )
     kl = sequence_kl(actor)
     scores = {"actor": actor.scores.tolist(), "reference": reference.scores.tolist()}
+    both = actor.valid & reference.valid
     summary: dict[str, Any] = {
         "num_prompts": len(prompts),
         "kl": kl.mean().item(),
-        "score_mean": actor.scores.mean().item(),
-        "reference_score_mean": reference.scores.mean().item(),
+        "score_mean": actor.scores[both].mean().item(),
+        "reference_score_mean": reference.scores[both].mean().item(),
         "response_tokens_mean": actor.batch.response_mask.sum(dim=1).float().mean().item(),
         "reference_response_tokens_mean": reference.batch.response_mask.sum(dim=1).float().mean().item(),
         "eos_frac": actor.ended.float().mean().item(),
-        **win_rate_numbers("score", scores["actor"], scores["reference"]),
+        **win_rate_numbers("score", actor.scores[both].tolist(), reference.scores[both].tolist()),
     }
     golds: dict[str, list[float]] = {}
     if gold is not None:

@@ -20,7 +20,8 @@ from hydra_rlhf.runtime.measure import peak_rss_bytes
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.datasets import Datasets, RawData, prompt_texts
 from hydra_rlhf.stages.limits import StageLimits
-from hydra_rlhf.stages.reward_fn import RewardFunction
+from hydra_rlhf.stages.ppo_state import moments_of
+from hydra_rlhf.stages.scoring.reward_sources import Scoring, SourceMoments, with_moments
 from hydra_rlhf.stages.session import Session
 from hydra_rlhf.stages.settle import PLAN_FILE, plan_every_method
 
@@ -50,7 +51,7 @@ def evaluate_run(
     data: Datasets,
     raw: RawData,
     *,
-    reward_fn: RewardFunction | None,
+    reward_fn: Scoring | None,
 ) -> None:
     """Measure a finished PPO on held-out data; writes summary.json, memory.json and samples, and marks the stage.
 
@@ -58,7 +59,7 @@ def evaluate_run(
     """
     recipe = run.recipe
     session.begin("evaluation")
-    step, checkpoint, limits = load_trained(run, model, recipe.evaluation.checkpoint)
+    step, checkpoint, limits, moments = load_trained(run, model, recipe.evaluation.checkpoint)
     with session.memory.phase("evaluation"):
         summary, samples = measure(
             recipe,
@@ -68,7 +69,7 @@ def evaluate_run(
             raw,
             checkpoint=checkpoint,
             num_prompts=recipe.evaluation.num_prompts,
-            reward_fn=reward_fn,
+            reward_fn=with_moments(reward_fn, moments),
             limits=limits,
             after_token=session.stop.check,
         )
@@ -92,7 +93,7 @@ def measure(
     *,
     checkpoint: str,
     num_prompts: int,
-    reward_fn: RewardFunction | None,
+    reward_fn: Scoring | None,
     limits: StageLimits,
     after_token: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -126,9 +127,9 @@ def measure(
     return summary, samples
 
 
-def load_trained(run: Run, model: HydraModel, which: str) -> tuple[int, str, StageLimits]:
-    """Put the `last` or `best` valid checkpoint of PPO into the model; returns its step, what it is in words, and the
-    limits that training ended with.
+def load_trained(run: Run, model: HydraModel, which: str) -> tuple[int, str, StageLimits, SourceMoments]:
+    """Put the `last` or `best` valid checkpoint of PPO into the model; returns its step, what it is in words, the
+    limits that training ended with, and the unit of its held-out scores.
 
     Without a look at held-out prompts there is no best one, and the last is taken. Raises `CheckpointError`.
     """
@@ -137,12 +138,13 @@ def load_trained(run: Run, model: HydraModel, which: str) -> tuple[int, str, Sta
     if checkpoint is None:
         raise CheckpointError(f"{store.folder} holds no checkpoint; the run cannot be measured without its last one")
     limits = StageLimits(**checkpoint.state["limits"])
+    moments = moments_of(checkpoint.state["held_out_moments"])
     best = checkpoint.state["best_step"]
     if which == "best" and best is not None:
         checkpoint = store.load(best)
     model.load_trained_state(checkpoint.tensors["model"])
     name = "best" if which == "best" and best is not None else "last"
-    return checkpoint.step, f"{name} (step {checkpoint.step})", limits
+    return checkpoint.step, f"{name} (step {checkpoint.step})", limits, moments
 
 
 def gold_accuracy(raw: RawData) -> float | None:

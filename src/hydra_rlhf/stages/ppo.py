@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hydra_rlhf.algorithms.advantages import explained_variance, gae
 from hydra_rlhf.algorithms.kl import kl_estimate, next_kl_coef
-from hydra_rlhf.algorithms.masking import standardize
+from hydra_rlhf.algorithms.masking import standardize, zero_outside
 from hydra_rlhf.algorithms.rewards import shape_scores, token_rewards, update_moments
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
@@ -23,7 +23,6 @@ from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.ppo_single import learn_in_one_pass, learns_while_scoring, roles_to_score
 from hydra_rlhf.stages.ppo_state import PPOState, build_optimizers, restore, save
 from hydra_rlhf.stages.ppo_update import update
-from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.rollout import (
     collect_rollout,
     prompt_batch,
@@ -32,6 +31,7 @@ from hydra_rlhf.stages.rollout import (
     sequence_kl,
     summarise,
 )
+from hydra_rlhf.stages.scoring.reward_sources import Scoring, next_moments, with_moments
 from hydra_rlhf.stages.session import Session, due
 from hydra_rlhf.stages.timing import Stopwatch
 
@@ -44,7 +44,7 @@ def train_ppo_stage(
     config: PPOConfig,
     *,
     seed: int,
-    reward_fn: RewardFunction | None = None,
+    reward_fn: Scoring | None = None,
     held_out: HeldOut | None = None,
     limits: StageLimits | None = None,
 ) -> PPOState:
@@ -87,12 +87,13 @@ def train_ppo_stage(
                     config.reward,
                     temperature=config.sampling.temperature,
                     limits=state.limits,
-                    reward_fn=reward_fn,
+                    reward_fn=with_moments(reward_fn, state.source_moments),
                     roles=scoring,
                 )
 
             # Judge: turn scores and token KL into rewards, and rewards into advantages and returns.
             moments = update_moments(state.moments, rollout.scores)
+            source_moments = next_moments(state.source_moments, rollout.source_scores, config.reward)
             scale = moments.scale if config.reward.normalize else 1.0
 
             # Learn: a few passes of clipped updates over the same rollout; a single one scores it on the way.
@@ -122,10 +123,14 @@ def train_ppo_stage(
                 state,
                 step=state.step + 1,
                 moments=moments,
+                source_moments=source_moments,
+                held_out_moments=state.held_out_moments or source_moments,
                 kl_coef=steered_kl_coef(config, state.kl_coef, metrics["kl/reference"], len(rollout.responses)),
             )
             if held_out is not None and config.eval_every and due(config.eval_every, state.step, config.num_steps):
-                seen, samples = held_out.look(model, chat, config, seed=seed, limits=state.limits)
+                seen, samples = held_out.look(
+                    model, chat, config, seed=seed, limits=state.limits, moments=state.held_out_moments
+                )
                 metrics |= seen
                 if seen["eval/score"] > (-math.inf if state.best_score is None else state.best_score):
                     state = replace(state, best_step=state.step, best_score=seen["eval/score"])
@@ -143,7 +148,7 @@ def train_ppo_stage(
 
 
 def judge_tokens(rollout: Rollout, config: PPOConfig, *, kl_coef: float, scale: float) -> Float[Tensor, "b r"]:
-    """Rewards of a rollout; `scale` divides scores (running standard deviation, or 1)."""
+    """Rewards of a rollout; `scale` divides scores (running standard deviation, or 1). Invalid rows have none."""
     shaped = shape_scores(
         rollout.scores,
         rollout.ended,
@@ -157,16 +162,22 @@ def judge_tokens(rollout: Rollout, config: PPOConfig, *, kl_coef: float, scale: 
     else:
         kl = torch.zeros_like(rollout.logprobs)
     mask = rollout.batch.response_mask
-    return token_rewards(shaped, rollout.dense_rewards / scale, kl, mask, kl_coef=kl_coef)
+    rewards = token_rewards(shaped, rollout.dense_rewards / scale, kl, mask, kl_coef=kl_coef)
+    return zero_outside(rewards, rollout.learn_mask)
 
 
 def judge(rollout: Rollout, config: PPOConfig, *, kl_coef: float, scale: float) -> PPOTargets:
-    """Rewards, advantages and returns of a rollout that every role has scored."""
-    rewards, mask = judge_tokens(rollout, config, kl_coef=kl_coef, scale=scale), rollout.batch.response_mask
-    advantages, returns = gae(rewards, rollout.values, mask, discount=config.discount, gae_lambda=config.gae_lambda)
+    """Rewards, advantages and returns of a rollout that every role has scored.
+
+    Rows that are not valid have none of them, and count in no mean or spread.
+    """
+    rewards, learn_mask = judge_tokens(rollout, config, kl_coef=kl_coef, scale=scale), rollout.learn_mask
+    advantages, returns = gae(
+        rewards, rollout.values, learn_mask, discount=config.discount, gae_lambda=config.gae_lambda
+    )
     return PPOTargets(
         rewards=rewards,
-        advantages=standardize(advantages, mask),
+        advantages=standardize(advantages, learn_mask),
         returns=returns,
         kl_coef=loss_kl_coef(config, kl_coef),
     )
@@ -193,10 +204,10 @@ def steered_kl_coef(config: PPOConfig, kl_coef: float, measured_kl: float, num_s
 
 def describe(rollout: Rollout, targets: PPOTargets, *, kl_coef: float) -> dict[str, float]:
     """Metrics of a rollout and of what it is learned from."""
-    mask = rollout.batch.response_mask
+    mask = rollout.learn_mask
     return {
         **summarise(rollout),
-        "reward/mean": torch.where(mask, targets.rewards, 0.0).sum(dim=1).mean().item(),
+        "reward/mean": torch.where(mask, targets.rewards, 0.0).sum(dim=1)[rollout.valid].mean().item(),
         "kl/coef": kl_coef,
         "ppo/explained_variance": explained_variance(rollout.values, targets.returns, mask).item(),
     }

@@ -25,7 +25,7 @@ from hydra_rlhf.runtime.optimizer import Optimizer
 from hydra_rlhf.stages.limits import StageLimits, map_micro_batches
 from hydra_rlhf.stages.micro_batches import micro_batches
 from hydra_rlhf.stages.ppo_state import TrainPass
-from hydra_rlhf.stages.ppo_update import apply, joined_loss
+from hydra_rlhf.stages.ppo_update import apply, joined_loss, num_skipped
 
 
 def roles_to_score(table: RoleTable, config: PPOConfig, *, step: int) -> tuple[str, ...]:
@@ -57,12 +57,14 @@ def learn_in_one_pass(
     `rewards` are complete: their KL reads the log-probs that sampling left in `rollout`. The critic goes first, since
     the actor needs its values of every row. Returns the rollout with what both said, the targets, and the metrics.
     """
-    mask = rollout.batch.response_mask
+    mask = rollout.learn_mask
     blank = torch.zeros_like(rewards)
     seen = replace(rollout, logprobs=blank, values=blank.clone(), entropy=blank.clone())  # filled by micro-batches
     advantages, returns = estimates(rewards, seen.values, mask, config)  # those without a critic
     targets = PPOTargets(rewards=rewards, advantages=advantages, returns=returns, kl_coef=kl_coef)
     metrics: dict[str, float] = {}
+    if not bool(rollout.valid.any()):
+        return seen, targets, {"optim/skipped_steps": num_skipped(optimizers), "ppo/update_frac": 1.0}
     model.train()
     if "critic" in model.table:
         learn = partial(learn_values, model, seen, targets, config)
@@ -71,8 +73,7 @@ def learn_in_one_pass(
     learn = partial(learn_policy, model, seen, targets, config, rollout.logprobs)
     metrics |= learn_role(model, optimizers, "actor", rollout, learn, limits)
     model.eval()
-    metrics["optim/skipped_steps"] = float(sum(optimizer.num_skipped for optimizer in optimizers.values()))
-    return seen, targets, metrics | {"ppo/update_frac": 1.0}
+    return seen, targets, metrics | {"optim/skipped_steps": num_skipped(optimizers), "ppo/update_frac": 1.0}
 
 
 def learn_role(
@@ -102,7 +103,7 @@ def learn_values(
     The returns of a row need its own values and no other row's. Fills these rows of `seen.values` and `targets`.
     """
     outputs = model.evaluate(micro_batch, ("critic",), temperature=config.sampling.temperature)
-    mask, columns = micro_batch.response_mask, slice(micro_batch.response_mask.shape[1])
+    mask, columns = micro_batch.response_mask & seen.valid[rows, None], slice(micro_batch.response_mask.shape[1])
     assert outputs["critic"].values is not None
     values = zero_outside(outputs["critic"].values.detach(), mask)
     advantages, returns = estimates(targets.rewards[rows, columns], values, mask, config)
@@ -127,7 +128,7 @@ def learn_policy(
     outputs = model.evaluate(
         micro_batch, ("actor",), temperature=config.sampling.temperature, entropy_gradient=config.entropy_coef > 0
     )
-    mask, columns = micro_batch.response_mask, slice(micro_batch.response_mask.shape[1])
+    mask, columns = micro_batch.response_mask & seen.valid[rows, None], slice(micro_batch.response_mask.shape[1])
     logprobs, entropy = outputs["actor"].logprobs, outputs["actor"].entropy
     assert logprobs is not None
     assert entropy is not None
@@ -147,8 +148,8 @@ def estimates(
 
 
 def num_tokens(rollout: Rollout) -> int:
-    """Response tokens that count: what losses are divided by."""
-    return int(rollout.batch.response_mask.sum())
+    """Response tokens that are learned from: what losses are divided by."""
+    return int(rollout.learn_mask.sum())
 
 
 def learns_while_scoring(model: HydraModel, scored: Sequence[str]) -> bool:
