@@ -23,7 +23,7 @@ LAYERS = (
     {"algorithms", "model", "data", "runtime"},
     {"stages", "evaluation", "memory"},
     {"reporting"},
-    {"api", "cli"},
+    {"api", "cli", "cli_evaluation"},
 )
 LAYER_OF = {name: row for row, names in enumerate(LAYERS) for name in names}
 MEMORY_FOR_STAGES = {"hydra_rlhf.memory.count", "hydra_rlhf.memory.measure", "hydra_rlhf.memory.sizes"}
@@ -45,7 +45,7 @@ NO_TORCH = (
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pandas", "pyarrow", "peft")
 TRANSFORMERS_PARTS = {"model", "data", "stages", "evaluation", "memory"}
 MODEL_CLASS = re.compile(r"AutoModel\w*|AutoConfig|PreTrainedModel|\w+For(CausalLM|SequenceClassification)")
-MODEL_CLASS_FILES = {"model/trunk.py", "model/load.py", "model/export.py", "model/shapes.py"}
+MODEL_CLASS_FILES = {"model/trunk.py", "model/load.py", "model/export.py", "model/shapes.py", "model/classifier.py"}
 LOOP_FILES = {"stages/supervised.py", "stages/ppo.py"}
 METRIC_PREFIXES = "loss|score|reward|kl|ppo|response|optim|train|eval|rollout|update|time|memory"
 METRIC = re.compile(rf"({METRIC_PREFIXES})/[a-z0-9_]+")

@@ -21,20 +21,26 @@ RewardFunction = Callable[..., Sequence[float] | Sequence[Sequence[float]]]
 
 
 def load_reward_fn(name: str | None) -> RewardFunction | None:
-    """Import a reward function named `module:function`; the working folder is searched too. Raises `ConfigError`."""
-    if name is None:
-        return None
+    """The reward function of a recipe, if it names one. Raises `ConfigError`."""
+    return None if name is None else import_function(name, setting=f"ppo.reward.reward_fn={name!r}")
+
+
+def import_function(name: str, *, setting: str) -> RewardFunction:
+    """Import a function named `module:function`; the working folder is searched too.
+
+    Raises `ConfigError` that begins with `setting`.
+    """
     module_name, separator, function_name = name.partition(":")
     if not separator or not function_name:
-        raise ConfigError(f"ppo.reward.reward_fn={name!r} is not of the form module:function")
+        raise ConfigError(f"{setting} is not of the form module:function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # whatever the user's module raises while it is imported
-        raise ConfigError(f"ppo.reward.reward_fn={name!r} cannot be imported: {error}") from error
+        raise ConfigError(f"{setting} cannot be imported: {error}") from error
     if not callable(function):
-        raise ConfigError(f"ppo.reward.reward_fn={name!r} is a {type(function).__name__}, not a function")
+        raise ConfigError(f"{setting} is a {type(function).__name__}, not a function")
     return function  # pyright: ignore[reportReturnType]
 
 
@@ -74,7 +80,11 @@ def accepted_columns(reward_fn: RewardFunction, prompts: PromptBatch, responses:
     """The data's columns and `response_ids` (token ids, the stop token included), as far as the function takes them."""
     mask, tokens = responses.batch.response_mask, responses.batch.tokens[:, responses.batch.num_prompt_columns :]
     ids = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
-    columns: dict[str, list[Any]] = {**prompts.columns, "response_ids": ids}
+    return columns_taken(reward_fn, {**prompts.columns, "response_ids": ids})
+
+
+def columns_taken(reward_fn: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Those of the columns that are parameters of the function; all for one that takes any keyword."""
     parameters = inspect.signature(reward_fn).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return columns
