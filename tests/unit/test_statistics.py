@@ -125,3 +125,54 @@ def test_calibration_error():
     # Margin 0 says one half and is half right; an infinite one is certain, and here wrong.
     assert statistics.calibration_error([0.0]) == 0.0
     assert statistics.calibration_error([-math.inf]) == 1.0
+
+
+def test_reliability_bins():
+    # Confidences 3/4 (two of three right) and sigmoid(ln 9) = 0.9 (one of one): bins 5 (0.75-0.8) and 8 (0.9-0.95).
+    first, second = statistics.reliability_bins([LN3, LN3, -LN3, 2 * LN3 + 1e-9])
+    assert (first.low, first.high) == pytest.approx((0.75, 0.8))
+    assert (first.num_pairs, first.confidence, first.accuracy) == (3, pytest.approx(0.75), pytest.approx(2 / 3))
+    assert (second.low, second.high, second.num_pairs) == (pytest.approx(0.9), pytest.approx(0.95), 1)
+    assert (second.confidence, second.accuracy) == (pytest.approx(0.9), 1.0)
+    # The last bin holds certainty, the first one a tie, which is half right.
+    tie, sure = statistics.reliability_bins([0.0, math.inf], num_bins=2)
+    assert (tie.low, tie.accuracy, sure.high, sure.confidence) == (0.5, 0.5, 1.0, 1.0)
+
+
+def test_calibration_interval_takes_the_excess_of_noise_off():
+    # Perfectly calibrated at confidence 3/4: 48 pairs, 36 right, so the estimate is 0. Resamples stray from it by
+    # |k - 36| / 48, k ~ Binomial(48, 3/4), deviation 3: they are never below 0, so mirrored they are never above.
+    assert statistics.calibration_interval([LN3] * 36 + [-LN3] * 12, seed=0) == (0.0, 0.0)
+    # All right: the error is 1/4 in every resample.
+    assert statistics.calibration_interval([LN3] * 20, seed=0) == pytest.approx((0.25, 0.25))
+    # A quarter right: error 1/2, deviation of k / 48 is 1/16; 1.96 of them: 0.5 +- 0.1225.
+    low, high = statistics.calibration_interval([LN3] * 12 + [-LN3] * 36, num_resamples=4000, seed=0)
+    assert (low, high) == pytest.approx((0.3775, 0.6225), abs=0.02)
+    # At 50 %: 0.6745 deviations, 0.042.
+    low, high = statistics.calibration_interval([LN3] * 12 + [-LN3] * 36, level=0.5, num_resamples=4000, seed=0)
+    assert (low, high) == pytest.approx((0.458, 0.542), abs=0.012)
+    assert all(math.isnan(limit) for limit in statistics.calibration_interval([math.nan], seed=0))
+
+
+def test_calibration_interval_mirrors_a_lopsided_distribution():
+    # Two pairs at 3/4, both wrong, one at 1 - 1e-9, right: resamples from 0 (all right) to 3/4, estimate 1/2; the
+    # number of wrong ones is 0, 1, 2, 3 with chances 1, 6, 12, 8 of 27, the error w/4. Ends of the middle 80 % of
+    # resamples: 1/4 and 3/4; mirrored at 1/2 the same. Of the middle 40 %: 1/2 and 3/4, mirrored 1/4 and 1/2.
+    margins = [-LN3, -LN3, 25.0]
+    assert statistics.calibration_interval(margins, level=0.8, seed=0) == pytest.approx((0.25, 0.75), abs=1e-6)
+    assert statistics.calibration_interval(margins, level=0.42, seed=0) == pytest.approx((0.25, 0.5), abs=1e-6)
+
+
+def test_interval_from_a_standard_error():
+    # Error sqrt(0.3 x 0.7 / 100) is that of 100 independent outcomes: Wilson's interval of 30 of 100 (Newcombe's
+    # formula: (0.3 + 0.0192 -+ 1.96 sqrt(0.0021 + 0.000096)) / 1.0384 = 0.2189, 0.3958).
+    error = math.sqrt(0.3 * 0.7 / 100)
+    assert statistics.interval_from_error(0.3, error, 7) == pytest.approx((0.2189, 0.3958), abs=1e-4)
+    # Twice the error: 25 outcomes, 7.5 of them wins: (0.37683 -+ 1.95996 sqrt(0.0084 + 0.0015366)) / 1.15366.
+    assert statistics.interval_from_error(0.3, 2 * error, 7) == pytest.approx((0.1573, 0.4960), abs=1e-4)
+    # Without spread it is that of so many prompts: all of 50, as in the test of all wins above.
+    low, high = statistics.interval_from_error(1.0, 0.0, 50)
+    assert (low, high) == (pytest.approx(1 - 3.8414588 / 53.8414588, abs=1e-6), 1.0)
+    assert statistics.interval_from_error(0.0, 0.1, 50) == pytest.approx((0.0, 1 - low), abs=1e-12)
+    narrow = statistics.interval_from_error(0.3, error, 7, level=0.5)
+    assert narrow == pytest.approx((0.270, 0.332), abs=2e-3)

@@ -20,6 +20,8 @@ from hydra_rlhf.evaluation.best_of import best_of_n
 from hydra_rlhf.evaluation.judges import Setting, default_judges, read_judge
 from hydra_rlhf.evaluation.texts import distinct_n, rouge
 from hydra_rlhf.evaluation.tournament import hold_tournament
+from hydra_rlhf.runtime.environment import redact
+from hydra_rlhf.runtime.metrics import strict_json
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.datasets import WORLD, load_raw
 from hydra_rlhf.stages.finished import load_finished
@@ -68,7 +70,7 @@ def compare_runs(
     for spec in specs:
         held.append(hold_tournament(read_judge(spec, setting), questions, entries, seed=seed))
         gc.collect()  # a judge's model is gone before the next one's comes
-    return {
+    content = {
         "players": [
             describe_player(player, entries, questions if with_rouge else None, seed=seed) for player in players
         ],
@@ -81,6 +83,7 @@ def compare_runs(
             for k in range(min(NUM_SAMPLES, len(questions.prompts)))
         ],
     }
+    return redact(strict_json(content))
 
 
 def read_contenders(names: Sequence[str]) -> list[Contender]:

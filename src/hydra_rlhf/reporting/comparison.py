@@ -13,9 +13,7 @@ from hydra_rlhf.reporting.markdown import as_block, as_inline, as_table
 from hydra_rlhf.reporting.render import templates
 from hydra_rlhf.reporting.svg import BLUE, INK, MUTED, draw_svg
 from hydra_rlhf.reporting.tables import NBSP, Table, format_count, format_interval, format_number, format_share
-from hydra_rlhf.runtime.environment import redact
 from hydra_rlhf.runtime.files import clear_write_errors, write_file
-from hydra_rlhf.runtime.metrics import strict_json
 
 MAX_CHARACTERS = 2000
 """Longer texts of samples are cut."""
@@ -42,11 +40,10 @@ JudgeResult = Mapping[str, Any]
 
 def write_comparison(comparison: Comparison, file: Path) -> Path:
     """Write `file` (.json) and, beside it, the same as .md and .html; returns the page."""
-    content = redact(strict_json(comparison))
     texts = {
-        ".json": json.dumps(content, indent=1, allow_nan=False) + "\n",
-        ".md": render_markdown(content),
-        ".html": render_html(content),
+        ".json": json.dumps(comparison, indent=1, allow_nan=False) + "\n",
+        ".md": render_markdown(comparison),
+        ".html": render_html(comparison),
     }
     for suffix, text in texts.items():
         with clear_write_errors(file.with_suffix(suffix)):
