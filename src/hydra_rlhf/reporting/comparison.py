@@ -162,7 +162,13 @@ def matrix_table(names: Sequence[str], judge: JudgeResult, key: str, title: str)
 
 def cell_text(cell: Mapping[str, Any] | None) -> str:
     """A rate with its interval; a dash on the diagonal."""
-    return "–" if cell is None else f"{format_share(cell['rate'])} [{format_interval(cell['ci'])}]"
+    return "–" if cell is None else f"{format_share(cell['rate'])} [{interval_text(cell)}]"
+
+
+def interval_text(cell: Mapping[str, Any]) -> str:
+    """A rate's interval."""
+    low, high = cell["ci"]
+    return format_interval((low, high))
 
 
 def heat_map(names: Sequence[str], judge: JudgeResult, key: str, title: str) -> dict[str, Any]:
@@ -180,7 +186,7 @@ def heat_map(names: Sequence[str], judge: JudgeResult, key: str, title: str) -> 
             cells.append(
                 {
                     "rate": "–" if cell is None else format_share(cell["rate"]),
-                    "interval": "" if cell is None else format_interval(cell["ci"]),
+                    "interval": "" if cell is None else interval_text(cell),
                     "counts": counts,
                     "color": "var(--blue)" if edge > 0 else "var(--orange)",
                     "shade": round(STRONGEST_SHADE * abs(edge)),
