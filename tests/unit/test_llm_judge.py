@@ -7,7 +7,8 @@ import pytest
 from chat_server import chat_server, longer_is_better
 
 from hydra_rlhf.errors import JudgeError
-from hydra_rlhf.evaluation.llm_judge import PROMPTS, LLMJudge, Match, fill, outcome_of, read_verdict
+from hydra_rlhf.evaluation import llm_judge
+from hydra_rlhf.evaluation.llm_judge import PROMPTS, LLMJudge, Match, fill
 from hydra_rlhf.runtime import endpoint as endpoint_module
 from hydra_rlhf.runtime.endpoint import Endpoint
 
@@ -54,7 +55,7 @@ def no_long_waits(monkeypatch):
     ],
 )
 def test_verdicts(text, verdict):
-    assert read_verdict(text) == verdict
+    assert llm_judge.read_verdict(text) == verdict
 
 
 @pytest.mark.parametrize(
@@ -70,12 +71,12 @@ def test_verdicts(text, verdict):
     ],
 )
 def test_a_win_takes_both_orders(straight, swapped, outcome):
-    assert outcome_of(straight, swapped) == outcome
+    assert llm_judge.outcome_of(straight, swapped) == outcome
 
 
 def test_a_missing_verdict_is_a_failure():
-    assert math.isnan(outcome_of(None, "A"))
-    assert math.isnan(outcome_of("A", None))
+    assert math.isnan(llm_judge.outcome_of(None, "A"))
+    assert math.isnan(llm_judge.outcome_of("A", None))
 
 
 def test_texts_that_look_like_places_stay_as_they_are():

@@ -62,33 +62,6 @@ def test_interval_is_symmetric_and_stays_inside():
     assert low < narrow[0] < narrow[1] < high
 
 
-def exact_coverage(num_outcomes, win_rate, tie_share):
-    """Probability that the 95 % interval holds the true win rate: a sum over all possible counts, not a simulation."""
-    win_share, loss_share = win_rate - tie_share / 2, 1 - win_rate - tie_share / 2
-    coverage = 0.0
-    for wins in range(num_outcomes + 1):
-        for losses in range(num_outcomes + 1 - wins):
-            ties = num_outcomes - wins - losses
-            if ties and not tie_share:
-                continue
-            log_count = math.lgamma(num_outcomes + 1) - sum(math.lgamma(k + 1) for k in (wins, losses, ties))
-            log_probability = wins * math.log(win_share) + losses * math.log(loss_share)
-            log_probability += ties * math.log(tie_share) if ties else 0.0
-            probability = math.exp(log_count + log_probability)
-            if probability > 1e-6:
-                low, high = statistics.win_rate_interval(outcomes(wins, losses, ties))
-                coverage += probability * (low <= win_rate <= high)
-    return coverage
-
-
-@pytest.mark.parametrize("num_outcomes", [50, 200])
-@pytest.mark.parametrize(
-    ("win_rate", "tie_share"), [(0.5, 0.0), (0.5, 0.3), (0.8, 0.0), (0.8, 0.2), (0.95, 0.0), (0.95, 0.05)]
-)
-def test_interval_covers_the_truth(num_outcomes, win_rate, tie_share):
-    assert 0.93 <= exact_coverage(num_outcomes, win_rate, tie_share) <= 0.97
-
-
 def test_bootstrap_interval():
     # 0 ... 99: mean 49.5, standard error 28.866 / 10 = 2.887, so about 49.5 +- 1.96 * 2.887 = (43.84, 55.16).
     values = [float(value) for value in range(100)]
@@ -151,6 +124,10 @@ def test_calibration_interval_takes_the_excess_of_noise_off():
     # At 50 %: 0.6745 deviations, 0.042.
     low, high = statistics.calibration_interval([LN3] * 12 + [-LN3] * 36, level=0.5, num_resamples=4000, seed=0)
     assert (low, high) == pytest.approx((0.458, 0.542), abs=0.012)
+    # Too modest in one bin (18 right at 3/4), too sure in another (5 wrong at 0.9): the gaps, 4.5 each, do not cancel.
+    # The error is 9 / 23 = 0.3913, its deviation 0.65 x sqrt(23 x 18/23 x 5/23) / 23 = 0.0559.
+    low, high = statistics.calibration_interval([LN3] * 18 + [-2 * LN3 - 1e-9] * 5, num_resamples=4000, seed=0)
+    assert (low, high) == pytest.approx((0.282, 0.501), abs=0.02)
     assert all(math.isnan(limit) for limit in statistics.calibration_interval([math.nan], seed=0))
 
 
@@ -176,3 +153,30 @@ def test_interval_from_a_standard_error():
     assert statistics.interval_from_error(0.0, 0.1, 50) == pytest.approx((0.0, 1 - low), abs=1e-12)
     narrow = statistics.interval_from_error(0.3, error, 7, level=0.5)
     assert narrow == pytest.approx((0.270, 0.332), abs=2e-3)
+
+
+def exact_coverage(num_outcomes, win_rate, tie_share):
+    """Probability that the 95 % interval holds the true win rate: a sum over all possible counts, not a simulation."""
+    win_share, loss_share = win_rate - tie_share / 2, 1 - win_rate - tie_share / 2
+    coverage = 0.0
+    for wins in range(num_outcomes + 1):
+        for losses in range(num_outcomes + 1 - wins):
+            ties = num_outcomes - wins - losses
+            if ties and not tie_share:
+                continue
+            log_count = math.lgamma(num_outcomes + 1) - sum(math.lgamma(k + 1) for k in (wins, losses, ties))
+            log_probability = wins * math.log(win_share) + losses * math.log(loss_share)
+            log_probability += ties * math.log(tie_share) if ties else 0.0
+            probability = math.exp(log_count + log_probability)
+            if probability > 1e-6:
+                low, high = statistics.win_rate_interval(outcomes(wins, losses, ties))
+                coverage += probability * (low <= win_rate <= high)
+    return coverage
+
+
+@pytest.mark.parametrize("num_outcomes", [50, 200])
+@pytest.mark.parametrize(
+    ("win_rate", "tie_share"), [(0.5, 0.0), (0.5, 0.3), (0.8, 0.0), (0.8, 0.2), (0.95, 0.0), (0.95, 0.05)]
+)
+def test_interval_covers_the_truth(num_outcomes, win_rate, tie_share):
+    assert 0.93 <= exact_coverage(num_outcomes, win_rate, tie_share) <= 0.97
