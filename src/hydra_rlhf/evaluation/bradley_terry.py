@@ -61,10 +61,11 @@ def fit_strengths(wins: Float[np.ndarray, "*w p p"]) -> Float[np.ndarray, "*w p"
     """Bradley-Terry strengths theta (log-odds, mean 0): P(i beats j) = sigmoid(theta_i - theta_j).
 
     Newton's method on the log-likelihood sum_ij wins[i, j] log sigmoid(theta_i - theta_j); ties are half wins on both
-    sides. Every player must have won against every other, if only the little that `PRIOR` gives; the diagonal does not count.
+    sides. Every player must have won against every other, if only the little that `PRIOR` gives; the diagonal does not
+    count.
     """
     games = wins + np.swapaxes(wins, -1, -2)
-    theta = np.zeros(wins.shape[:-1])
+    theta = np.zeros_like(wins[..., 0])
     for _ in range(200):
         expected = 1 / (1 + np.exp(theta[..., None, :] - theta[..., :, None]))
         gradient = (wins - games * expected).sum(-1)

@@ -116,10 +116,7 @@ class LLMJudge:
                 tally.num_identical += 1
                 results.append(0.5)
                 continue
-            straight, swapped = (
-                read_verdict(reply.text) if reply.accepted else None
-                for reply in (replies[number, False], replies[number, True])
-            )
+            straight, swapped = verdict_in(replies[number, False]), verdict_in(replies[number, True])
             for verdict in (straight, swapped):
                 tally.num_verdicts += verdict is not None
                 tally.num_first_wins += verdict == "A"
@@ -180,6 +177,11 @@ def read_verdict(text: str) -> Verdict | None:
     if found is None:
         return None
     return "tie" if found[1] == "tie" else "A" if found[1] == "a" else "B"
+
+
+def verdict_in(reply: Reply) -> Verdict | None:
+    """The verdict of a reply; None where there is none."""
+    return read_verdict(reply.text) if reply.accepted else None
 
 
 def is_verdict(text: str) -> bool:

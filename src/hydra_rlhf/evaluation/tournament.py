@@ -112,8 +112,8 @@ def controlled_cell(
     """Length-controlled rate and interval of player i against player j; lengths are characters, which every tokenizer
     counts alike."""
     rows: list[tuple[float, int, int, int]] = []
-    for a in np.flatnonzero(player_of == i):
-        for b in np.flatnonzero(player_of == j):
+    for a in np.flatnonzero(player_of == i).tolist():
+        for b in np.flatnonzero(player_of == j).tolist():
             for k, outcome in enumerate(outcomes[a, b]):
                 if not math.isnan(outcome):
                     rows.append((outcome, len(entries[a].texts[k]), len(entries[b].texts[k]), k))

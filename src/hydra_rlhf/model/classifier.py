@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hydra_rlhf.data.rows import PromptValue
+from hydra_rlhf.data.rows import Message, PromptValue
 from hydra_rlhf.errors import ModelError
 from hydra_rlhf.model.load import first_line, pick_device
 
@@ -58,9 +58,11 @@ class RewardClassifier:
     def ids(self, prompt: PromptValue, prompt_text: str, response: str) -> list[int]:
         """One input as ids."""
         if self.form == "chat":
-            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+            messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
             turns.append({"role": "assistant", "content": response})
             text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            assert isinstance(text, str)
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         elif self.form == "pair":
             ids = self.tokenizer(prompt_text, response, verbose=False)["input_ids"]

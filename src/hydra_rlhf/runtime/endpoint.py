@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra_rlhf.errors import ConfigError, JudgeError
 from hydra_rlhf.runtime.files import clear_write_errors, write_file
@@ -67,9 +67,11 @@ class Refused(Exception):  # noqa: N818 (caught inside this module)
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     """Leaves a redirect an error."""
 
-    def redirect_request(self, *args: Any) -> None:
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
         """None of them."""
-        del args
+        del req, fp, code, msg, headers, newurl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +179,7 @@ class Endpoint:
         text, read, written = read_completion(content)
         return self.hide_key(text), read, written
 
-    def raise_status(self, error: urllib.error.HTTPError) -> None:
+    def raise_status(self, error: urllib.error.HTTPError) -> NoReturn:
         """Turn an HTTP status into `Passing`, `Refused` or `JudgeError`."""
         try:
             said = error.read(2000).decode(errors="replace")
