@@ -1040,6 +1040,12 @@ LENGTH_CONTROL: Changes = {
         ),
         ("interval of the slope", "prior)[:, 0]", "prior)[:, 1]"),
         (
+            "runs not weighted",
+            "drawn = drawn * seed_weights(generator, entries, num_resamples)[:, side]",
+            "drawn = drawn",
+        ),
+        ("every pair of runs counts", "even = even / len(entries)", "even = even"),
+        (
             "lengths swapped",
             "terms = length_term(lengths, other_lengths)",
             "terms = 0 * length_term(lengths, other_lengths)",

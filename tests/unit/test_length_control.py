@@ -97,6 +97,22 @@ def test_outcomes_of_one_prompt_are_weighted_together():
     assert width(four, np.arange(160)) == pytest.approx(alone / 2, rel=0.15)
 
 
+def test_runs_are_weighted_too_and_a_prompt_counts_once():
+    # Run 0 wins 30 of 40, run 1 10 of 40, no lengths: 20 wins of 40 prompts. Two seeds are drawn one at a time, so the
+    # rate is near 30.5 / 41 or 10.5 / 41 = 0.256, each with deviation 0.067 in half of the draws: 2.5 % of all lie below
+    # the lower one's 5 %, 0.256 - 1.645 x 0.067 = 0.146. Prompts alone would give 0.5 +- 0.13.
+    outcomes = np.array([1.0] * 30 + [0.0] * 10 + [1.0] * 10 + [0.0] * 30)
+    same, prompts = np.full(80, 9.0), np.tile(np.arange(40), 2)
+    runs = (np.repeat([0, 1], 40), np.zeros(80, dtype=int))
+    rate, (low, high) = length_control.length_controlled_win_rate(outcomes, same, same, prompts, runs=runs, seed=0)
+    assert rate == pytest.approx(0.5)
+    assert low == pytest.approx(0.146, abs=0.025)
+    assert high == pytest.approx(0.854, abs=0.025)
+    # Both runs always win: 40 prompts and half a win and half a loss, 40.5 of 41.
+    rate, _ = length_control.length_controlled_win_rate(np.ones(80), same, same, prompts, runs=runs, seed=0)
+    assert rate == pytest.approx(40.5 / 41)
+
+
 def test_intervals_cover_the_truth():
     # 120 studies of 60 prompts: 95 % +- 2 %.
     hits = 0

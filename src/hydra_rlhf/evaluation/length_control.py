@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-from hydra_rlhf.evaluation.bradley_terry import PRIOR, percentiles
+from hydra_rlhf.evaluation.bradley_terry import PRIOR, percentiles, seed_weights
 
 SLOPE_DEVIATION = 2.5
 """Standard deviation of the slope's normal prior, wide enough to matter only where length decides everything."""
@@ -51,6 +51,7 @@ def length_controlled_win_rate(
     other_lengths: Float[np.ndarray, " n"],
     prompts: np.ndarray,
     *,
+    runs: tuple[np.ndarray, np.ndarray] | None = None,
     num_resamples: int = 1000,
     seed: int,
 ) -> tuple[float, tuple[float, float]]:
@@ -58,13 +59,19 @@ def length_controlled_win_rate(
 
     The idea of AlpacaEval 2 (Dubois et al. 2024): P(win) = sigmoid(a + b tanh(d / s)), d the difference in length and s
     its root mean square; the controlled rate is sigmoid(a). `prompts` numbers each outcome's prompt: outcomes of one
-    prompt are weighted together in the bootstrap.
+    prompt are weighted together in the bootstrap. Where a side has several runs (seeds), `runs` numbers each outcome's
+    run on both sides, from 0: runs are weighted too, and a prompt counts once, as the mean over pairs of runs.
     """
     generator = np.random.default_rng(seed)
     terms = length_term(lengths, other_lengths)
     _, cluster = np.unique(prompts, return_inverse=True)
-    point = fit_length_model(outcomes, terms, np.ones((1, len(outcomes))), np.full((1, 2), PRIOR))
     drawn = generator.standard_exponential((num_resamples, int(cluster.max()) + 1))[:, cluster]
+    even = np.ones((1, len(outcomes)))
+    for side in runs or ():
+        entries = np.zeros(int(side.max()) + 1, dtype=int)
+        drawn = drawn * seed_weights(generator, entries, num_resamples)[:, side] / len(entries)
+        even = even / len(entries)
+    point = fit_length_model(outcomes, terms, even, np.full((1, 2), PRIOR))
     prior = np.maximum(generator.standard_gamma(PRIOR, (num_resamples, 2)), 1e-6)
     low, high = percentiles(1 / (1 + np.exp(-fit_length_model(outcomes, terms, drawn, prior)[:, 0])))
     return float(1 / (1 + np.exp(-point[0, 0]))), (float(low), float(high))

@@ -111,14 +111,15 @@ def controlled_cell(
 ) -> dict[str, Any]:
     """Length-controlled rate and interval of player i against player j; lengths are characters, which every tokenizer
     counts alike."""
-    rows: list[tuple[float, int, int, int]] = []
-    for a in np.flatnonzero(player_of == i).tolist():
-        for b in np.flatnonzero(player_of == j).tolist():
+    rows: list[tuple[float, int, int, int, int, int]] = []
+    for run_a, a in enumerate(np.flatnonzero(player_of == i).tolist()):
+        for run_b, b in enumerate(np.flatnonzero(player_of == j).tolist()):
             for k, outcome in enumerate(outcomes[a, b]):
                 if not math.isnan(outcome):
-                    rows.append((outcome, len(entries[a].texts[k]), len(entries[b].texts[k]), k))
-    won, ours, theirs, prompts = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
-    rate, interval = length_controlled_win_rate(won, ours, theirs, prompts, seed=seed)
+                    rows.append((outcome, len(entries[a].texts[k]), len(entries[b].texts[k]), k, run_a, run_b))
+    won, ours, theirs, *numbers = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    prompts, runs_a, runs_b = (column.astype(int) for column in numbers)
+    rate, interval = length_controlled_win_rate(won, ours, theirs, prompts, runs=(runs_a, runs_b), seed=seed)
     return {"rate": rate, "ci": list(interval)}
 
 
