@@ -912,6 +912,253 @@ COUNT: Changes = {
     ],
 }
 
+OUTCOME = "0.5 * (1 + (a > b) - (a < b))"
+WIDER = "observed - delta > z * math.sqrt(variance)"
+MIRRORED = "2 * estimate - _quantile(errors, fraction)"
+CENTRE = "centre = (rate + z * z / (2 * n)) / (1 + z * z / n)"
+RADIUS = "math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)"
+GAP = "sum(b.num_pairs * abs(b.accuracy - b.confidence) for b in bins) / len(margins)"
+
+STATISTICS: Changes = {
+    "pair_outcomes and win_rate": [
+        ("ties are losses", OUTCOME, "1.0 * (a > b)"),
+        ("ties are wins", OUTCOME, "1.0 * (a >= b)"),
+        ("sides swapped", OUTCOME, "0.5 * (1 + (b > a) - (b < a))"),
+        ("NaN is a loss", "math.nan if math.isnan(a) or math.isnan(b) else ", ""),
+        ("lengths may differ", "list(zip(ours, theirs, strict=True))", "list(zip(ours, theirs))"),
+    ],
+    "win_rate_interval": [
+        ("one-sided", "z = NormalDist().inv_cdf(0.5 + level / 2)\n    low", "z = NormalDist().inv_cdf(level)\n    low"),
+        ("not halved", "return (1 + low) / 2, (1 + high) / 2", "return 1 + low, 1 + high"),
+        (
+            "sides not swapped",
+            "-_lower_delta(losses, wins, len(outcomes), z)",
+            "-_lower_delta(wins, losses, len(outcomes), z)",
+        ),
+        (
+            "ties dropped",
+            "high = -_lower_delta(losses, wins, len(outcomes), z)",
+            "high = -_lower_delta(losses, wins, max(1, wins + losses), z)",
+        ),
+        (
+            "variance without the losses",
+            "max(2 * loss_rate + delta * (1 - delta), 0.0)",
+            "max(delta * (1 - delta), 0.0)",
+        ),
+        ("variance of the difference alone", "delta * (1 - delta), 0.0) / n", "delta * (1 + delta), 0.0) / n"),
+        ("z forgotten", WIDER, WIDER.replace("z * ", "")),
+        (
+            "smaller root",
+            "(math.sqrt(max(b * b - 4 * a * c, 0.0)) - b)",
+            "(-math.sqrt(max(b * b - 4 * a * c, 0.0)) - b)",
+        ),
+    ],
+    "reliability_bins": [
+        ("low end of the next bin", "low=0.5 + index / (2 * num_bins)", "low=0.5 + (index + 1) / (2 * num_bins)"),
+        ("high end of its own low end", "high=0.5 + (index + 1) / (2 * num_bins)", "high=0.5 + index / (2 * num_bins)"),
+        ("bins over all of 0 to 1", "int((confidence - 0.5) * 2 * num_bins)", "int(confidence * num_bins)"),
+        ("empty bins kept out wrongly", "        if pairs\n", "        if len(pairs) > 1\n"),
+        ("confidence of the sign", "math.exp(-abs(margin))", "math.exp(-margin)"),
+        (
+            "accuracy and confidence mixed up",
+            "accuracy=fmean(right for _, right in pairs)",
+            "accuracy=fmean(right for right, _ in pairs)",
+        ),
+    ],
+    "calibration_error": [
+        ("bins weighted alike", GAP, "fmean(abs(b.accuracy - b.confidence) for b in bins)"),
+        ("signs cancel", GAP, GAP.replace("abs(b.accuracy - b.confidence)", "(b.accuracy - b.confidence)")),
+        ("largest gap", GAP, "max(abs(b.accuracy - b.confidence) for b in bins)"),
+        ("squared", GAP, GAP.replace("abs(b.accuracy - b.confidence)", "(b.accuracy - b.confidence) ** 2")),
+        ("always ten bins", "bins = reliability_bins(margins, num_bins=num_bins)", "bins = reliability_bins(margins)"),
+    ],
+    "calibration_interval": [
+        ("not mirrored", MIRRORED, "_quantile(errors, 1 - fraction)"),
+        ("not held at 0", "(max(0.0, end) for end in ends)", "(end for end in ends)"),
+        ("level ignored", "((1 + level) / 2, (1 - level) / 2))", "(0.975, 0.025))"),
+        ("one-sided", "((1 + level) / 2, (1 - level) / 2))", "(level, 1 - level))"),
+        (
+            "signs cancel",
+            "np.abs(generator.multinomial(len(margins), shares) @ gaps).sum()",
+            "abs((generator.multinomial(len(margins), shares) @ gaps).sum())",
+        ),
+        ("pairs not resampled", "generator.multinomial(len(margins), shares) @ gaps", "np.ones(len(margins)) @ gaps"),
+    ],
+    "interval_from_error": [
+        ("Wald's centre", CENTRE, "centre = rate"),
+        (
+            "number of prompts always",
+            "n = rate * (1 - rate) / standard_error**2 if standard_error > 0 else float(num_prompts)",
+            "n = float(num_prompts)",
+        ),
+        ("error not squared", "/ standard_error**2", "/ standard_error"),
+        ("no Wilson term", RADIUS, "math.sqrt(rate * (1 - rate) / n)"),
+        ("radius not shrunk", "half = z / (1 + z * z / n) *", "half = z *"),
+        ("all losses divide by zero made one", "n = n if n > 0 else float(num_prompts)", "n = n if n > 0 else 1.0"),
+        (
+            "one-sided",
+            "z = NormalDist().inv_cdf(0.5 + level / 2)\n    centre",
+            "z = NormalDist().inv_cdf(level)\n    centre",
+        ),
+    ],
+}
+
+ONE_HOT = "2 * np.eye(2)[generator.integers(0, 2, num)]"
+DIRICHLET = "generator.dirichlet(np.full(k, (k - 2) / k), num)"
+EXPECTED = "1 / (1 + np.exp(theta[..., None, :] - theta[..., :, None]))"
+GRADIENT = "(wins - games * expected).sum(-1)"
+
+BRADLEY_TERRY: Changes = {
+    "seed_weights": [
+        ("plain Dirichlet", DIRICHLET, "generator.dirichlet(np.ones(k), num)"),
+        ("not scaled to k", "weights[:, members] = k * generator", "weights[:, members] = generator"),
+        ("two seeds always alike", ONE_HOT, "1.0"),
+        ("two seeds not scaled", ONE_HOT, ONE_HOT.replace("2 * ", "", 1)),
+        ("no weights for more", "elif k > 2:", "elif k > 99:"),
+        ("bootstrap of seeds", DIRICHLET, "generator.multinomial(k, np.full(k, 1 / k), num) / k"),
+    ],
+    "pair_totals": [
+        ("prompt weights ignored", "values @ prompt_weights.T", "values @ np.ones_like(prompt_weights).T"),
+        ("entry weights ignored", " * pair_weights\n", "\n"),
+        ("entries added up", "1 / np.bincount(player_of)[player_of]", "1.0"),
+        ("failures are losses", "total(known.astype(float))", "total(np.ones_like(outcomes))"),
+        ("failures are ties", "np.where(known, outcomes, 0.0)", "np.where(known, outcomes, 0.5)"),
+        (
+            "weights of one side",
+            "entry_weights[:, :, None] * entry_weights[:, None, :]",
+            "entry_weights[:, :, None] * np.ones_like(entry_weights)[:, None, :]",
+        ),
+    ],
+    "fit_strengths": [
+        ("sign", EXPECTED, "1 / (1 + np.exp(theta[..., :, None] - theta[..., None, :]))"),
+        ("one step only", "for _ in range(200):\n        expected", "for _ in range(1):\n        expected"),
+        ("games of one side", "games = wins + np.swapaxes(wins, -1, -2)", "games = 2 * wins"),
+        ("win rates for strengths", "return theta\n", "return 1 / (1 + np.exp(-theta))\n"),
+        ("stops early", "np.abs(step).max() < 1e-9", "np.abs(step).max() < 0.3"),
+        ("gradient halved in games", GRADIENT, "(wins - games * expected / 2).sum(-1)"),
+    ],
+    "strengths_of": [
+        ("no prior", "return fit_strengths(wins + PRIOR)", "return fit_strengths(wins + 1e-9)"),
+        ("a whole win each", "return fit_strengths(wins + PRIOR)", "return fit_strengths(wins + 1.0)"),
+        ("prior as a factor", "return fit_strengths(wins + PRIOR)", "return fit_strengths(wins * PRIOR + 1e-9)"),
+        ("sign", "return fit_strengths(wins + PRIOR)", "return -fit_strengths(wins + PRIOR)"),
+        ("turned round", "return fit_strengths(wins + PRIOR)", "return fit_strengths(wins.T + PRIOR)"),
+    ],
+    "bootstrap": [
+        (
+            "prior not weighted",
+            "np.maximum(generator.standard_gamma(PRIOR, (num_resamples, num_players, num_players)), 1e-6)",
+            "PRIOR",
+        ),
+        ("prior a whole win", "generator.standard_gamma(PRIOR, (num", "generator.standard_gamma(1.0, (num"),
+        (
+            "prompts not weighted",
+            "generator.standard_exponential((num_resamples, outcomes.shape[-1]))",
+            "np.ones((num_resamples, outcomes.shape[-1]))",
+        ),
+        (
+            "weights too even",
+            "generator.standard_exponential((num_resamples, outcomes.shape[-1]))",
+            "generator.standard_gamma(2.0, (num_resamples, outcomes.shape[-1]))",
+        ),
+        (
+            "seed ignored",
+            "generator = np.random.default_rng(seed)\n    num_players",
+            "generator = np.random.default_rng(0)\n    num_players",
+        ),
+        ("no prior", "fit_strengths(wins + prior)", "fit_strengths(wins + 1e-9)"),
+        ("rates of the losers", "rates = wins / games", "rates = 1 - wins / games"),
+    ],
+    "percentiles": [
+        ("level ignored", "((1 - level) / 2, (1 + level) / 2)", "(0.025, 0.975)"),
+        ("one-sided", "((1 - level) / 2, (1 + level) / 2)", "(1 - level, level)"),
+        ("ends swapped", "((1 - level) / 2, (1 + level) / 2)", "((1 + level) / 2, (1 - level) / 2)"),
+        ("upper half", "((1 - level) / 2, (1 + level) / 2)", "(0.5, (1 + level) / 2)"),
+        ("whole range", "((1 - level) / 2, (1 + level) / 2)", "(0.0, 1.0)"),
+    ],
+}
+
+DEVIATION = "np.sqrt(np.mean(difference**2))"
+STEP = "gradient = (weights * (y - expected)) @ features - penalty * coefficients"
+
+LENGTH_CONTROL: Changes = {
+    "length_term": [
+        ("around the mean", DEVIATION, "(np.std(difference) or 1.0)"),
+        ("not squared", DEVIATION, "np.mean(np.abs(difference))"),
+        ("no tanh", "np.tanh(difference / deviation)", "difference / deviation"),
+        ("not scaled", "np.tanh(difference / deviation)", "np.tanh(difference)"),
+        ("sign", "difference = lengths - other_lengths", "difference = other_lengths - lengths"),
+        ("variance for deviation", DEVIATION, "np.mean(difference**2)"),
+    ],
+    "fit_length_model": [
+        ("weights ignored", STEP, STEP.replace("weights * ", "")),
+        ("no penalty", "penalty = np.array([0.0, SLOPE_DEVIATION**-2])", "penalty = np.array([0.0, 1e-12])"),
+        (
+            "penalty on both",
+            "penalty = np.array([0.0, SLOPE_DEVIATION**-2])",
+            "penalty = np.array([SLOPE_DEVIATION**-2] * 2)",
+        ),
+        ("deviation for variance", "SLOPE_DEVIATION**-2", "SLOPE_DEVIATION**-1"),
+        ("prior of wins only", "np.append(outcomes, [1.0, 0.0])", "np.append(outcomes, [1.0, 1.0])"),
+        ("one step only", "for _ in range(200):", "for _ in range(1):"),
+        ("no intercept", "np.stack([np.ones_like(x), x], axis=1)", "np.stack([1e-3 * np.ones_like(x), x], axis=1)"),
+    ],
+    "length_controlled_win_rate": [
+        ("rate at the mean length", "np.exp(-point[0, 0])", "np.exp(-point[0, 0] - point[0, 1] * terms.mean())"),
+        ("slope for intercept", "np.exp(-point[0, 0])", "np.exp(-point[0, 1])"),
+        ("sign", "np.exp(-point[0, 0])", "np.exp(point[0, 0])"),
+        ("every outcome its own prompt", "np.unique(prompts, return_inverse=True)", "(None, np.arange(len(prompts)))"),
+        ("no prior", "np.full((1, 2), PRIOR)", "np.full((1, 2), 1e-6)"),
+        (
+            "prompts not resampled",
+            "generator.standard_exponential((num_resamples, int(cluster.max()) + 1))[:, cluster]",
+            "np.ones((num_resamples, len(cluster)))",
+        ),
+        ("interval of the slope", "prior)[:, 0]", "prior)[:, 1]"),
+        (
+            "runs not weighted",
+            "drawn = drawn * seed_weights(generator, entries, num_resamples)[:, side]",
+            "drawn = drawn",
+        ),
+        ("every pair of runs counts", "even = even / len(entries)", "even = even"),
+        (
+            "lengths swapped",
+            "terms = length_term(lengths, other_lengths)",
+            "terms = 0 * length_term(lengths, other_lengths)",
+        ),
+    ],
+}
+
+AGREED = "ours if ours == 1 - value_of(swapped) else 0.5"
+
+LLM_JUDGE: Changes = {
+    "read_verdict": [
+        ("first line", "lines[-1].lower()", "lines[0].lower()"),
+        ("anywhere in the line", 're.fullmatch(r"verdict', 're.search(r"verdict'),
+        ("ties unread", "(a|b|tie)\\b", "(a|b)\\b"),
+        ("A is B", '"A" if found[1] == "a" else "B"', '"B" if found[1] == "a" else "A"'),
+        ("case matters", "lines[-1].lower()", "lines[-1]"),
+        (
+            "empty lines count",
+            "for line in text.strip().splitlines() if line.strip",
+            "for line in text.splitlines() if True or line.strip",
+        ),
+    ],
+    "outcome_of": [
+        ("first order only", AGREED, "ours"),
+        ("second order only", AGREED, "1 - value_of(swapped)"),
+        ("mean of both", AGREED, "(ours + 1 - value_of(swapped)) / 2"),
+        ("places not swapped back", AGREED, "ours if ours == value_of(swapped) else 0.5"),
+        ("failure is a tie", "        return math.nan\n    ours", "        return 0.5\n    ours"),
+        (
+            "one missing verdict is enough",
+            "if straight is None or swapped is None:\n        return math.nan",
+            "if straight is None:\n        return math.nan\n    if swapped is None:\n        return value_of(straight)",
+        ),
+        ("A loses", '{"A": 1.0, "tie": 0.5, "B": 0.0}', '{"A": 0.0, "tie": 0.5, "B": 1.0}'),
+    ],
+}
+
 PACKAGES = {
     "swept_logprobs": "model",
     "quantized": "model",
@@ -929,6 +1176,9 @@ PACKAGES |= {"swept_logprobs": "model"}
 TABLES |= {"swept_logprobs": SWEPT_LOGPROBS}
 PACKAGES |= {"choose": "memory", "plan": "memory", "count": "memory", "course": "memory"}
 TABLES |= {"choose": CHOOSE, "plan": PLAN, "count": COUNT, "course": COURSE}
+PACKAGES |= dict.fromkeys(("statistics", "bradley_terry", "length_control", "llm_judge"), "evaluation")
+TABLES |= {"statistics": STATISTICS, "bradley_terry": BRADLEY_TERRY, "length_control": LENGTH_CONTROL}
+TABLES |= {"llm_judge": LLM_JUDGE}
 MUTANTS = [
     Mutant(module, function, *change)
     for module, table in TABLES.items()

@@ -12,8 +12,8 @@ from hydra_rlhf.errors import CheckpointError, ConfigError
 from hydra_rlhf.model.export import save_merged, save_peft_adapter, save_reward_model
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.runtime.run import Run
-from hydra_rlhf.stages.datasets import load_raw, tokenize
-from hydra_rlhf.stages.finish import load_trained, measure
+from hydra_rlhf.stages.datasets import load_raw
+from hydra_rlhf.stages.finish import load_trained
 from hydra_rlhf.stages.held_out import sample_and_score
 from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.pipeline import method_table, stage1_folders
@@ -58,28 +58,6 @@ def known_chat_format(run: Run, recipe: Recipe, model: HydraModel) -> ChatFormat
     """The chat format the run trained with; its template is in the run folder, so the data need not be."""
     template = run.read_json("chat.json")["template"]
     return chat_format(replace(recipe.data, chat_template=template), model.tokenizer, [], eos_id=model.eos_id)
-
-
-def evaluate_again(folder: Path, *, checkpoint: str, num_prompts: int | None) -> tuple[dict[str, Any], Path]:
-    """The numbers of `summary.json` for one checkpoint, and the file they are written to."""
-    finished = load_finished(folder, checkpoint)
-    run = finished.run
-    raw = load_raw(run.recipe.data, seed=run.recipe.seed)
-    with open_sources(run.recipe.ppo.reward, model=run.recipe.model) as sources:
-        numbers, _ = measure(
-            run.recipe,
-            finished.model,
-            finished.chat,
-            tokenize(raw, finished.chat),
-            raw,
-            checkpoint=finished.checkpoint,
-            num_prompts=num_prompts or run.recipe.evaluation.num_prompts,
-            reward_fn=with_moments(sources, finished.moments),
-            limits=finished.limits,
-        )
-    file = run.folder / f"evaluation-{checkpoint}.json"
-    run.write_json(file.name, numbers)
-    return numbers, file
 
 
 def sample_side_by_side(
