@@ -1159,6 +1159,208 @@ LLM_JUDGE: Changes = {
     ],
 }
 
+LENGTH_TARGET = "score -= abs(length - target) / target"
+LENGTH_MAXIMUM = "score -= max(0, length - maximum) / maximum"
+GRAMS = "for start in range(len(ids) - ngram + 1)"
+DISTINCT = "return len(set(grams)) / len(grams) - 1.0"
+SHARES = "return _share_found(text, wanted) - _share_found(text, unwanted)"
+WORD = r'rf"(?<!\w){re.escape(word)}(?!\w)"'
+
+RULE_REWARDS: Changes = {
+    "length_score": [
+        ("sign of the target", LENGTH_TARGET, LENGTH_TARGET.replace("-=", "+=")),
+        ("not a share of the target", LENGTH_TARGET, "score -= abs(length - target)"),
+        ("shorter is better than the target", LENGTH_TARGET, "score -= (length - target) / target"),
+        ("shorter than the maximum is better", LENGTH_MAXIMUM, "score -= (length - maximum) / maximum"),
+        ("not a share of the maximum", LENGTH_MAXIMUM, "score -= max(0, length - maximum)"),
+        ("sign of the maximum", LENGTH_MAXIMUM, LENGTH_MAXIMUM.replace("-=", "+=")),
+        ("the maximum alone counts", LENGTH_MAXIMUM, LENGTH_MAXIMUM.replace("-= ", "= -")),
+        (
+            "one too many is allowed",
+            LENGTH_MAXIMUM,
+            LENGTH_MAXIMUM.replace("length - maximum)", "length - maximum - 1)"),
+        ),
+    ],
+    "format_score": [
+        ("turned round", "return 0.0 if found is None else 1.0", "return 1.0 if found is None else 0.0"),
+        (
+            "any part will do",
+            "re.fullmatch(pattern, text, re.DOTALL) if whole",
+            "re.search(pattern, text, re.DOTALL) if whole",
+        ),
+        ("the beginning will do", "re.fullmatch(pattern", "re.match(pattern"),
+        ("always the whole", "else re.search(pattern, text, re.DOTALL)", "else re.fullmatch(pattern, text, re.DOTALL)"),
+        ("the beginning where any part will do", "else re.search(", "else re.match("),
+        ("one line, whole", "re.fullmatch(pattern, text, re.DOTALL)", "re.fullmatch(pattern, text)"),
+        ("one line, part", "re.search(pattern, text, re.DOTALL)", "re.search(pattern, text)"),
+    ],
+    "repetition_score": [
+        ("sign", DISTINCT, "return 1.0 - len(set(grams)) / len(grams)"),
+        ("repeats rewarded", DISTINCT, "return -len(set(grams)) / len(grams)"),
+        ("single ids", "tuple(ids[start : start + ngram])", "ids[start]"),
+        ("one id too many", "ids[start : start + ngram]", "ids[start : start + ngram + 1]"),
+        ("last n-gram left out", GRAMS, "for start in range(len(ids) - ngram)"),
+        ("ends counted as n-grams", GRAMS, "for start in range(len(ids))"),
+        ("divided by ids", DISTINCT, DISTINCT.replace("/ len(grams)", "/ len(ids)")),
+        ("side by side only", GRAMS, "for start in range(0, len(ids) - ngram + 1, ngram)"),
+    ],
+    "keyword_score": [
+        ("sign", SHARES, SHARES.replace(" - ", " + ")),
+        ("turned round", SHARES, "return _share_found(text, unwanted) - _share_found(text, wanted)"),
+        ("unwanted words ignored", SHARES, "return _share_found(text, wanted)"),
+        ("parts of words", WORD, "re.escape(word)"),
+        ("beginnings of words", WORD, WORD.replace(r"(?!\w)", "")),
+        ("ends of words", WORD, WORD.replace(r"(?<!\w)", "")),
+        ("word borders of regular expressions", WORD, r'rf"\b{re.escape(word)}\b"'),
+        ("words as patterns", "{re.escape(word)}", "{word.replace('++', '')}"),
+        ("case matters", ", re.IGNORECASE)", ")"),
+        ("count, not share", "return found / len(words)", "return float(found)"),
+    ],
+}
+
+OUTCOMES: Changes = {
+    "check_returned": [
+        ("strings are lists", "if isinstance(returned, str | bytes | dict) or", "if isinstance(returned, dict) or"),
+        ("mappings are lists", "isinstance(returned, str | bytes | dict)", "isinstance(returned, str | bytes)"),
+        ("generators refused", 'not hasattr(returned, "__iter__")', "not isinstance(returned, Sequence)"),
+        ("the first length for all", "check_value(value, length) for", "check_value(value, lengths[0]) for"),
+        ("one failure for all", "return [Failure(reason)] * num_responses", "return [Failure(reason)]"),
+    ],
+    "check_value": [
+        ("length not looked at", "if len(value) != length:", "if False:"),
+        ("longer is fine", "if len(value) != length:", "if len(value) < length:"),
+        (
+            "bytes are per-token rewards",
+            "isinstance(value, str | bytes):\n        return check_number",
+            "isinstance(value, str):\n        return check_number",
+        ),
+        ("sum not looked at", "return total if isinstance(total, Failure) else rewards", "return rewards"),
+        ("one number for all tokens", "return total if isinstance(total, Failure) else rewards", "return total"),
+        (
+            "a bad token left out",
+            "        if isinstance(number, Failure):\n            return number\n",
+            "        if isinstance(number, Failure):\n            continue\n",
+        ),
+    ],
+    "check_number": [
+        ("strings are numbers", "if isinstance(value, str | bytes) or not", "if not"),
+        ("NaN passes", "not abs(number) <= FLOAT32_MAX", "abs(number) > FLOAT32_MAX"),
+        ("negative infinity passes", "not abs(number) <= FLOAT32_MAX", "not number <= FLOAT32_MAX"),
+        ("float64 is enough", "FLOAT32_MAX = (2 - 2**-23) * 2.0**127", "FLOAT32_MAX = 1.7e308"),
+        ("the largest is refused", "not abs(number) <= FLOAT32_MAX", "not abs(number) < FLOAT32_MAX"),
+        ("huge integers are 0", "        number = math.inf", "        number = 0.0"),
+    ],
+    "score_in_parts": [
+        ("all at once", "size = batch_rows or num_responses", "size = num_responses"),
+        ("one by one", "size = batch_rows or num_responses", "size = 1"),
+        ("asks on", "if len(list(failures(outcomes))) > max_failed:", "if False:"),
+        (
+            "stops one too early",
+            "if len(list(failures(outcomes))) > max_failed:",
+            "if len(list(failures(outcomes))) >= max_failed > 0:",
+        ),
+        (
+            "the rest is missing",
+            'return outcomes + all_failed("was not asked any more", num_responses - len(outcomes))',
+            "return outcomes",
+        ),
+        (
+            "as many as all failed",
+            "num_responses - len(outcomes))\n        outcomes",
+            "num_responses)\n        outcomes",
+        ),
+        ("columns of the first rows", "column[start:stop]", "column[: stop - start]"),
+    ],
+}
+
+FILLED = "filled = torch.where(own.isfinite(), own, config.failure_value)"
+WEIGHED = "scores = scores + config.weight * (filled / scale)"
+WEIGHED_DENSE = "dense = dense + config.weight * (own_dense / scale)"
+ALLOWED = 'max_failed = 0 if config.on_failure == "raise" else math.floor(max_failed_frac * len(mask))'
+
+REWARD_SOURCES: Changes = {
+    "RewardSources.add_to": [
+        ("weight ignored", WEIGHED, WEIGHED.replace("config.weight * ", "")),
+        ("scale ignored", WEIGHED, WEIGHED.replace("(filled / scale)", "filled")),
+        ("multiplied by the scale", WEIGHED, WEIGHED.replace("/ scale", "* scale")),
+        ("head left out", WEIGHED, WEIGHED.replace("scores + ", "")),
+        ("weight of token rewards ignored", WEIGHED_DENSE, WEIGHED_DENSE.replace("config.weight * ", "")),
+        ("scale of token rewards ignored", WEIGHED_DENSE, WEIGHED_DENSE.replace(" / scale", "")),
+        ("token rewards of the last source", WEIGHED_DENSE, WEIGHED_DENSE.replace("dense + ", "")),
+        ("a failure is 0", FILLED, FILLED.replace("config.failure_value", "0.0")),
+        ("nothing is masked", "valid &= own.isfinite()", "pass"),
+        (
+            "everything that fails is masked",
+            'if config.on_failure == "mask":\n                valid',
+            "if True:\n                valid",
+        ),
+        ("only the last source masks", "valid &= own.isfinite()", "valid = own.isfinite()"),
+        ("a masked row keeps its score", "scores=torch.where(valid, scores, math.nan)", "scores=scores"),
+        ("a masked row keeps its token rewards", "torch.where(valid[:, None], dense, 0.0)", "dense"),
+        (
+            "scores of a source after weight",
+            "source_scores[config.name] = own",
+            "source_scores[config.name] = config.weight * own",
+        ),
+        ("a raising source asks on", ALLOWED, ALLOWED.replace('0 if config.on_failure == "raise" else ', "")),
+        ("other sources stop at the first", ALLOWED, "max_failed = 0"),
+    ],
+    "RewardSources.scale_of": [
+        ("always", "        if not config.normalize:\n            return 1.0\n", ""),
+        ("never", "if not config.normalize:", "if True:"),
+        (
+            "of this batch",
+            "(seen if seen.count else update_moments(seen, own)).scale",
+            "update_moments(Moments(), own).scale",
+        ),
+        (
+            "of this batch too",
+            "(seen if seen.count else update_moments(seen, own)).scale",
+            "update_moments(seen, own).scale",
+        ),
+        ("1 in the first step", "(seen if seen.count else update_moments(seen, own)).scale", "seen.scale"),
+        (
+            "variance",
+            "(seen if seen.count else update_moments(seen, own)).scale",
+            "(seen if seen.count else update_moments(seen, own)).variance",
+        ),
+    ],
+    "refuse_failures": [
+        (
+            "raises at the threshold",
+            "if len(failed) > max_failed_frac * len(outcomes):",
+            "if len(failed) >= max_failed_frac * len(outcomes):",
+        ),
+        ("no threshold", "if len(failed) > max_failed_frac * len(outcomes):", "if False:"),
+        (
+            "each source by itself",
+            "if len(failed) > max_failed_frac * len(outcomes):",
+            "if len(list(failures(outcomes))) > max_failed_frac * len(outcomes):",
+        ),
+        (
+            "counts, not shares",
+            "max_failed_frac * len(outcomes):\n        raise",
+            "10 * max_failed_frac:\n        raise",
+        ),
+        ("nothing raises", 'if config.on_failure == "raise":\n        raise', "if False:\n        raise"),
+    ],
+    "next_moments and source_metrics": [
+        (
+            "moments of all sources",
+            "for source in reward.sources if source.normalize]",
+            "for source in reward.sources]",
+        ),
+        (
+            "moments of this step",
+            "update_moments(moments.get(name, Moments()), source_scores[name])",
+            "update_moments(Moments(), source_scores[name])",
+        ),
+        ("failures in the mean", "given = scores[~scores.isnan()]", "given = scores.nan_to_num()"),
+        ("divisor n - 1", "given.std(correction=0)", "given.std(correction=1)"),
+        ("successes counted", "float(len(scores) - len(given))", "float(len(given))"),
+    ],
+}
+
 PACKAGES = {
     "swept_logprobs": "model",
     "quantized": "model",
@@ -1179,6 +1381,8 @@ TABLES |= {"choose": CHOOSE, "plan": PLAN, "count": COUNT, "course": COURSE}
 PACKAGES |= dict.fromkeys(("statistics", "bradley_terry", "length_control", "llm_judge"), "evaluation")
 TABLES |= {"statistics": STATISTICS, "bradley_terry": BRADLEY_TERRY, "length_control": LENGTH_CONTROL}
 TABLES |= {"llm_judge": LLM_JUDGE}
+PACKAGES |= {"outcomes": "stages.scoring", "reward_sources": "stages.scoring"}
+TABLES |= {"rule_rewards": RULE_REWARDS, "outcomes": OUTCOMES, "reward_sources": REWARD_SOURCES}
 MUTANTS = [
     Mutant(module, function, *change)
     for module, table in TABLES.items()

@@ -66,6 +66,8 @@ def parse_recipe(content: Mapping[str, Any], *, source: str) -> Recipe:
         return TypeAdapter(Recipe).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise ConfigError(f"{source}:\n" + "\n".join(f"  {describe(problem)}" for problem in error.errors())) from error
+    except ConfigError as error:  # a check across settings
+        raise ConfigError(f"{source}: {error}") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: {error}; settings are strings, numbers, booleans, lists and mappings") from error
 

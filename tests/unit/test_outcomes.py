@@ -54,6 +54,7 @@ def test_numbers(value, expected):
         ({}, "returned {}, not a number"),
         (Raises(), "not a number"),
         ([1.0, 2.0], "returned 2 token rewards for 3 response tokens"),
+        ([1.0] * 4, "returned 4 token rewards for 3 response tokens"),
         ([1.0, math.nan, 2.0], "returned nan; a finite float32 is needed"),
         ([3e38, 3e38, 0.0], "returned 6e+38; a finite float32 is needed"),
         ([[1.0], 0.0, 0.0], "returned [1.0], not a number"),

@@ -62,11 +62,11 @@ def test_no_source_changes_nothing():
 def test_weighted_sum_with_per_token_rewards():
     # Rows: 1 + 2 x 10 - 0.5 x (0.5 + 1.5), 2 + 2 x 20 - 0.5 x 3, 3 + 2 x 30 - 0.5 x 4, 4 + 2 x 40 - 0.5 x (1 + 2 + 5)
     added = add(
-        source("a", [10.0, 20.0, 30.0, 40.0], weight=2.0),
+        source("a", [10.0, [5.0, 5.0, 10.0], 30.0, 40.0], weight=2.0),
         source("b", [[0.5, 1.5], 3.0, [4.0], [1.0, 2.0, 5.0]], weight=-0.5),
     )
     assert_close(added.scores, torch.tensor([20.0, 40.5, 61.0, 80.0]), rtol=0, atol=1e-5)
-    dense = torch.tensor([[-0.25, -0.75, 0.0], [0.0, 0.0, 0.0], [-2.0, 0.0, 0.0], [-0.5, -1.0, -2.5]])
+    dense = torch.tensor([[-0.25, -0.75, 0.0], [10.0, 10.0, 20.0], [-2.0, 0.0, 0.0], [-0.5, -1.0, -2.5]])
     assert_close(added.dense_rewards, dense, rtol=0, atol=1e-6)
     assert list(added.source_scores) == ["a", "b"]
     assert_close(added.source_scores["b"], torch.tensor([2.0, 3.0, 4.0, 8.0]), rtol=0, atol=0)
@@ -107,6 +107,15 @@ def test_a_masked_failure_takes_its_row_out():
     assert_close(added.source_scores["a"], torch.tensor([1.0, NAN, 1.0, 1.0]), rtol=0, atol=0, equal_nan=True)
 
 
+def test_each_source_masks_its_own_failures():
+    added = add(
+        source("a", [FAILED, 1.0, 1.0, 1.0], on_failure="mask"),
+        source("b", [1.0, 1.0, FAILED, 1.0], on_failure="mask"),
+        max_failed_frac=0.75,
+    )
+    assert added.valid.tolist() == [False, True, False, True]
+
+
 def test_a_failure_with_a_value_gets_it_in_the_unit_of_the_source():
     # (-4) / 2, twice: the deviation of the three others, 2, 2 and the scale of a batch leaves the failure out.
     seen = {"a": Moments(count=2.0, mean=0.0, m2=8.0)}
@@ -126,12 +135,23 @@ def test_too_many_failures_raise_whatever_the_policy():
     # Three of four rows in all, each source two of them.
     first = source("a", [FAILED, FAILED, 1.0, 1.0], on_failure="mask")
     second = source("b", [1.0, FAILED, FAILED, 1.0], on_failure="value")
-    assert add(first).valid.tolist() == [False, False, True, True]
-    assert add(second).valid.all()
-    message = r"^3 of 4 responses .*ppo\.reward\.max_failed_frac=0\.5 allows; row 1: b raised ValueError: no"
-    with pytest.raises(RewardFunctionError, match=message):
-        add(first, second)
+    assert refusal(first) is None
+    assert refusal(second) is None
+    assert refusal(first, second) == (
+        "3 of 4 responses could not be scored, more than ppo.reward.max_failed_frac=0.5 allows; row 1: b raised "
+        "ValueError: no"
+    )
+    assert refusal(first, second, max_failed_frac=0.75) is None
     assert add(first, second, max_failed_frac=0.75).valid.tolist() == [False, False, True, True]
+
+
+def refusal(*sources, max_failed_frac=0.5):
+    """Why the scores of these sources are refused; None where they are not."""
+    try:
+        add(*sources, max_failed_frac=max_failed_frac)
+    except RewardFunctionError as error:
+        return str(error)
+    return None
 
 
 def test_a_batch_without_a_single_score_raises_at_any_threshold():

@@ -27,6 +27,7 @@ def test_length(length, target, maximum, expected):
     [
         ("<think>a\nb</think> 42", True, 1.0),
         ("<think>a</think> forty-two", True, 0.0),
+        ("<think>a</think> 42 then", True, 0.0),
         ("so <think>a</think> 42", True, 0.0),
         ("so <think>a</think> 42 then", False, 1.0),
         ("so <think>a\nb</think> 42", False, 1.0),
@@ -45,6 +46,7 @@ def test_format(text, whole, expected):
         ([1, 2, 1, 2, 1], 2, -0.5),  # 12 21 12 21: two of four are new
         ([1, 2, 1, 2, 3], 3, 0.0),  # 121 212 123
         ([1, 2, 3, 1, 2, 3, 1, 2], 3, -0.5),  # 123 231 312 123 231 312: three of six
+        ([1, 1, 2, 1, 1], 2, -0.25),  # 11 12 21 11
         ([5, 5], 2, 0.0),
         ([5, 5], 3, 0.0),
         ([], 1, 0.0),
@@ -59,6 +61,8 @@ def test_repetition(ids, ngram, expected):
     [
         ("Thank you, dear Cat!", ("cat", "thank you"), (), 1.0),
         ("concatenate", ("cat",), (), 0.0),
+        ("cats", ("cat",), (), 0.0),
+        ("bobcat", ("cat",), (), 0.0),
         ("a cat", ("cat", "dog", "hen", "cow"), (), 0.25),
         ("sorry, sorry", (), ("sorry",), -1.0),
         ("sorry", (), ("sorry", "cannot"), -0.5),

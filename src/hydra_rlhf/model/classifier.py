@@ -34,7 +34,7 @@ class Classifier:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.path, **self._options)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise self._refusal(error) from error
-        self.label = chosen_label(config, model_config.num_labels)
+        self.label = chosen_label(config, int(model_config.num_labels or 1))
         self.join = chosen_join(config, has_template=bool(self.tokenizer.chat_template))
         self.tokenizer.padding_side = "right"  # a decoder's score is read at its last token, the one before padding
         self.tokenizer.truncation_side = "left"  # the end of the response is what must not be lost
@@ -45,7 +45,7 @@ class Classifier:
         """The model, loaded at the first call. Raises `ModelError`."""
         if self._model is None:
             try:
-                model, report = AutoModelForSequenceClassification.from_pretrained(
+                loaded: Any = AutoModelForSequenceClassification.from_pretrained(
                     self.config.path,
                     dtype=DTYPES[self.config.dtype],
                     use_safetensors=True,
@@ -54,6 +54,7 @@ class Classifier:
                 )
             except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
                 raise self._refusal(error) from error
+            model, report = loaded
             missing = sorted(report["missing_keys"])
             if missing:  # transformers would make them up, differently each time
                 raise ModelError(
@@ -93,9 +94,10 @@ class Classifier:
 
         So it is what the model was trained with; where neither it nor its tokenizer has one, an id that no text holds.
         """
-        for known in (self._trained_pad_id, self.tokenizer.pad_token_id):
-            if known is not None:
-                return int(known)
+        known: tuple[Any, ...] = (self._trained_pad_id, self.tokenizer.pad_token_id)
+        for pad_id in known:
+            if pad_id is not None:
+                return int(pad_id)
         return next(token for token in range(len(used) + 1) if token not in used)
 
     def _features(self, prompt: str, original: Any, response: str) -> dict[str, list[int]]:
@@ -115,6 +117,7 @@ class Classifier:
                 f"the chat template of the reward source {self.config.name!r} refuses a conversation with the roles "
                 f"{', '.join(message['role'] for message in messages)} ({error}); set its join to pair or text"
             ) from error
+        assert isinstance(text, str)
         # The template has written the special tokens itself.
         return dict(self.tokenizer(text, truncation=True, add_special_tokens=False, **options))
 

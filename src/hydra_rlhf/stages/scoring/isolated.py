@@ -87,16 +87,17 @@ class IsolatedFunction:
         """The process's answer to a message (None: to its start); where there is none, why, and the process is gone."""
         process = self._process
         assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
+        requests, answers = process.stdin, process.stdout
+        assert requests is not None
+        assert answers is not None
         lines: list[bytes] = []
 
         def talk() -> None:
             try:
                 if message is not None:
-                    process.stdin.write(message)
-                    process.stdin.flush()
-                lines.append(process.stdout.readline())
+                    requests.write(message)
+                    requests.flush()
+                lines.append(answers.readline())
             except (OSError, ValueError):  # the process has gone, or `close` has shut the pipes
                 lines.append(b"")
 
