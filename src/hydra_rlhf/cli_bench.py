@@ -81,7 +81,7 @@ def bench(
     methods_named: Callable[[Sequence[str] | None], tuple[str, ...]],
 ) -> None:
     """Measure, then print, write and draw."""
-    check_picture(args.picture)
+    check_words(args)
     methods = methods_named(args.method)
 
     from hydra_rlhf.config import Recipe
@@ -106,10 +106,14 @@ def bench(
         save_picture(found, args.picture)
 
 
-def check_picture(path: Path | None) -> None:
-    """Raise `ConfigError` for a picture of a kind that is not drawn, before anything is measured."""
-    if path is not None and path.suffix not in (".svg", ".png"):
-        raise ConfigError(f"--picture {path}: name a file that ends in .svg or .png")
+def check_words(args: argparse.Namespace) -> None:
+    """Raise `ConfigError` for a budget that is no number of bytes and for a picture of a kind that is not drawn."""
+    from hydra_rlhf.config_checks import parse_bytes
+
+    if args.budget is not None and args.budget != "auto":
+        parse_bytes(args.budget)
+    if args.picture is not None and args.picture.suffix not in (".svg", ".png"):
+        raise ConfigError(f"--picture {args.picture}: name a file that ends in .svg or .png")
 
 
 def settings(args: argparse.Namespace) -> list[str]:

@@ -35,6 +35,7 @@ def batch():
     attention = torch.cat([torch.ones(4, 1, dtype=torch.bool), mask], dim=1)
     responses = Responses(
         batch=TokenBatch(tokens=tokens, attention_mask=attention, response_mask=mask),
+        logprobs=torch.zeros(4, 3),
         texts=["one", "two", "three", "four"],
         ended=torch.tensor([True, False, True, False]),
     )

@@ -7,8 +7,8 @@ from functools import cache
 
 import torch
 
-ARRAY_BYTES = 512 * 2**20
-"""Of each of the two arrays that are read and copied: many times the caches of a CPU core, or of a GPU."""
+ARRAY_BYTES = {"cpu": 2**28, "cuda": 2**30}
+"""Of the array that is read, and whose first half is copied onto its second: many times the caches."""
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the matrices, large enough that the product is all that takes time."""
 SECONDS = 0.5
@@ -38,17 +38,17 @@ def measure_machine(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    array_bytes: int = ARRAY_BYTES,
+    array_bytes: int | None = None,
     matrix_size: int | None = None,
     seconds: float = SECONDS,
 ) -> Machine:
     """Both rates on `device`; the product in `dtype`, the arrays as float32, since bytes are bytes."""
-    source = torch.zeros(array_bytes // 4, device=device)
-    target = torch.zeros_like(source)
-    num_bytes = 4 * source.numel()
-    reading = num_bytes / shortest(source.sum, device, seconds)
-    copying = 2 * num_bytes / shortest(lambda: target.copy_(source), device, seconds)
-    del source, target
+    array = torch.zeros((array_bytes or ARRAY_BYTES[device.type]) // 8 * 2, device=device)
+    first, second = array.chunk(2)
+    num_bytes = 4 * array.numel()
+    reading = num_bytes / shortest(array.sum, device, seconds)
+    copying = num_bytes / shortest(lambda: second.copy_(first), device, seconds)  # half is read and half is written
+    del array, first, second
     size = matrix_size or MATRIX_SIZE[device.type]
     a = torch.randn(size, size, device=device).to(dtype)
     product = torch.empty_like(a)
