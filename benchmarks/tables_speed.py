@@ -110,7 +110,7 @@ def gpu_rows(rows: Sequence[Mapping[str, Any]]) -> str:
             (
                 *first,
                 memory,
-                f"{row['measured_bytes'] / GIB:.1f}",
+                "–" if row["measured_bytes"] is None else f"{row['measured_bytes'] / GIB:.1f}",
                 f"{row['time']['s_per_sample']:.3f}",
                 *(f"{row['time'][phase]:.3f} ({row['bound'][phase]:.3f})" for phase in PHASES),
                 f"{100 * row['shares']['bound']:.0f} %",

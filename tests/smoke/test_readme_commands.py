@@ -26,6 +26,22 @@ SMALLER = {
     ],
 }
 """What is added to `hydra-rlhf run RECIPE`, besides the settings of `EVERYWHERE`."""
+SMALLER_BENCH = [
+    *(
+        "--shape",
+        "scratch:tiny",
+        "--batch",
+        "2",
+        "--prompt-tokens",
+        "4",
+        "--response-tokens",
+        "3",
+        "--micro-batch",
+        "2",
+    ),
+    *("--iterations", "1", "--max-batch", "2", "--device", "cpu", "--time-only"),
+]
+"""What is added to `hydra-rlhf bench`; the last word on an option holds."""
 EVERYWHERE = ["--runtime.num-threads", "1", "--model.device", "cpu", "--evaluation.num-prompts", "2"]
 COMMANDS = [words[1:] for words in readme_commands() if words[0] == "hydra-rlhf"]
 
@@ -51,7 +67,7 @@ def outputs(workplace: Path) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch, pytest.MonkeyPatch.context() as out:
         patch.chdir(workplace)
         for words in COMMANDS:
-            more = SMALLER[words[1]] + EVERYWHERE if words[0] == "run" else []
+            more = {"run": SMALLER.get(words[1], []) + EVERYWHERE, "bench": SMALLER_BENCH}.get(words[0], [])
             text: list[str] = []
             out.setattr(sys.stdout, "write", text.append)
             assert exit_code(*words, *more) == 0, words
@@ -61,7 +77,8 @@ def outputs(workplace: Path) -> dict[str, str]:
 
 
 def test_there_are_commands_for_every_kind_of_use() -> None:
-    assert {words[0] for words in COMMANDS} == {"data", "run", "sample", "eval", "compare", "report", "export", "plan"}
+    kinds = {"data", "run", "sample", "eval", "compare", "report", "export", "plan", "bench"}
+    assert {words[0] for words in COMMANDS} == kinds
     assert {words[1] for words in COMMANDS if words[0] == "run"} == set(SMALLER)
 
 
@@ -82,6 +99,15 @@ def test_the_plan_says_what_fits(outputs: dict[str, str]) -> None:
     assert re.match(r"hydra-ppo fits \d+ GiB: [\d.]+ GiB at its largest phase", verdict)
     assert re.search(r"micro-batches of [\d,]+ tokens", verdict)
     assert "full SFT" in planned
+
+
+def test_the_benchmark_is_printed_written_and_drawn(outputs: dict[str, str], workplace: Path) -> None:
+    (printed,) = (text for words, text in outputs.items() if words.startswith("bench "))
+    assert "Equal batch" in printed
+    assert "Equal memory" in printed
+    rows = json.loads((workplace / "bench.json").read_text())["equal_batch"]
+    assert [row["method"] for row in rows] == ["lora-ppo", "hydra-ppo"]
+    assert (workplace / "bench.svg").is_file()
 
 
 def test_quick_run_is_summarised_sampled_and_evaluated(outputs: dict[str, str], workplace: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from hydra_rlhf.benchmark import bench, measure, subject
 from hydra_rlhf.benchmark.machine import Machine
 from hydra_rlhf.benchmark.work import Bound, Work
-from hydra_rlhf.config import MemoryConfig, ModelConfig, Recipe, RuntimeConfig
+from hydra_rlhf.config import DataConfig, MemoryConfig, ModelConfig, Recipe, RuntimeConfig
 from hydra_rlhf.config_stages import PPOConfig, SamplingConfig
 from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.model.lora import find_linears
@@ -21,6 +21,7 @@ def recipe(budget: str = "auto", path: str = "scratch:tiny", **ppo: Any) -> Reci
     lengths = SamplingConfig(max_response_tokens=8, min_response_tokens=8)
     return Recipe(
         name="bench",
+        data=DataConfig(max_prompt_tokens=8),
         model=ModelConfig(path=path, device="cpu"),
         memory=MemoryConfig(budget=budget),
         ppo=PPOConfig(**{"rollout_batch_size": 4, "minibatch_size": 4, "num_epochs": 1, "sampling": lengths} | ppo),

@@ -13,17 +13,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import bench_recipe
+import decode_floor
+import gpu
 import memory
 import memory_kept
 import memory_peers
 import memory_tensors
 import memory_workload
 import real_data
+import scaling
+import speed_runs
 import stories
 import story_openings
 import story_rule
+import tables
+import unequal_lengths
 
+from hydra_rlhf.cli import build_parser
 from hydra_rlhf.data.formats import TokenizedDemonstration
+from hydra_rlhf.model.roles import ROLES
 from hydra_rlhf.recipes import load_recipe
 
 PEERS = Path(memory_workload.HERE) / "peers"
@@ -183,7 +192,9 @@ def test_a_process_is_measured_from_outside():
 
 
 def test_the_measuring_process_stays_small():
-    code = "import sys, memory; print([name for name in ('torch', 'numpy', 'hydra_rlhf') if name in sys.modules])"
+    code = (
+        "import sys, memory, speed; print([name for name in ('torch', 'numpy', 'hydra_rlhf') if name in sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=memory_workload.HERE, capture_output=True, text=True, check=True
     )
@@ -216,3 +227,132 @@ def test_a_layer_keeps_little_more_than_the_ideal(targets: str, dtype: torch.dty
 def test_responses_of_full_sft_are_as_long_as_those_of_ppo():
     example = TokenizedDemonstration([1, 2], [3, 4, 5])
     assert memory_tensors.full_length(example, WORKLOAD).response_ids == [3, 4, 5, 3, 4, 5, 3, 4]
+
+
+def test_speed_is_measured_on_the_peers_workload(tmp_path: Path):
+    options = speed_runs.workload_options(tmp_path, WORKLOAD)
+    args, settings = build_parser().parse_known_args(["bench", *options, "--dtype", "float32"])
+    assert (args.batch, args.response_tokens, args.micro_batch, args.rank, args.iterations) == (2, 8, 2, 4, 3)
+    assert (args.model, args.prompts) == (str(tmp_path / "model"), str(tmp_path / "pairs.jsonl"))
+    assert args.prompt_tokens == memory_workload.PROMPT_TOKENS
+    assert settings == ["--ppo.sampling.temperature", "0.7"]
+    assert tuple(ROLES) == speed_runs.METHODS
+
+
+def test_speedups_of_medians_and_of_the_worst_pair():
+    runs = {
+        system: [{"s_per_sample": seconds} for seconds in rounds]
+        for system, rounds in {"hydra-float32": (1, 3, 2), "hydra-default": (4, 4, 4), "agilerl": (9, 6, 8)}.items()
+    }
+    found = speed_runs.speedups(runs)
+    assert found["s_per_sample"] == {"hydra-float32": 2, "hydra-default": 4, "agilerl": 8}
+    # 8 / 2 and 8 / 4; the fastest round of the peer takes 6 s, our slowest ones 3 s and 4 s.
+    assert [(s["hydra"], s["peer"], s["speedup"], s["worst_speedup"]) for s in found["speedups"]] == [
+        ("hydra-float32", "agilerl", 4.0, 2.0),
+        ("hydra-default", "agilerl", 2.0, 1.5),
+    ]
+
+
+def test_a_decode_step_is_what_each_token_after_the_first_takes():
+    # 11 tokens in 7 s, the first in 2 s: half a second each; the floor is 0.2 + 0.04 + 0.01 s.
+    taken = {"long": 7.0, "first": 2.0, "matrices": 0.2, "cache": 0.04, "logits": 0.01}
+    found = decode_floor.against_floor(taken, 11)
+    assert (found["step_s"], found["floor_s"], found["ratio"]) == pytest.approx((0.5, 0.25, 2.0))
+
+
+def test_the_floor_is_every_product_of_the_actor():
+    from hydra_rlhf.benchmark.subject import build_model
+
+    model = build_model(bench_recipe.bench_recipe("scratch:tiny", batch=2, prompt=4, response=3, iterations=1, rank=2))
+    floor = decode_floor.Floor(model, 2, 800)
+    assert len(floor.products) == 4 * 7  # layers x (q, k, v, o, gate, up, down)
+    assert all(tuple(a.shape) == (2, weight.shape[1]) for weight, a, _ in floor.products)
+    assert floor.cache.numel() * 4 == 800
+    for part in (floor.matrices, floor.read_cache, floor.read_logits):
+        part()
+    decode_floor.decode(model, torch.ones(2, 4, dtype=torch.long), 3)
+
+
+def test_share_of_padding():
+    # Two rows of 4 + 6 columns hold 4 + 6 and 4 + 2 tokens: 4 of 20 are padding.
+    assert unequal_lengths.padding_share(4, [6, 2]) == pytest.approx(0.2)
+    assert unequal_lengths.padding_share(4, [6, 6]) == 0.0
+
+
+def test_lengths_are_those_of_the_responses():
+    lengths = unequal_lengths.Lengths()
+    assert lengths(["a", "b"], ["x", "y"], [[1, 2], [3]]) == [0.0, 0.0]
+    assert lengths.steps == [[2, 1]]
+
+
+def test_responses_of_unequal_length_are_measured(tmp_path: Path):
+    path = bench_recipe.llama_folder(tmp_path / "model", hidden=64, layers=1, vocab=unequal_lengths.VOCAB)
+    row = unequal_lengths.measure(path, batch=4, response=8, mean_length=3, iterations=2)
+    assert 1 < row["mean_length"] < 8
+    assert row["padding_share"] > 0
+
+
+def test_curves_go_through_one_point():
+    points = list(scaling.points({"a": 1, "b": 5}, {"a": [1, 2], "b": [5, 6]}))
+    assert points == [
+        ("a", {"a": 1, "b": 5}),
+        ("a", {"a": 2, "b": 5}),
+        ("b", {"a": 1, "b": 5}),
+        ("b", {"a": 1, "b": 6}),
+    ]
+    assert all(scaling.BASE[name] in values for name, values in scaling.CURVES.items())
+    assert all(scaling.QUICK_BASE[name] in values for name, values in scaling.QUICK.items())
+
+
+def test_the_gpu_table_is_made_row_by_row_on_any_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from hydra_rlhf.benchmark import bench, machine
+
+    little = {"array_bytes": 2**20, "matrix_size": 64, "seconds": 0.001}
+    monkeypatch.setattr(bench, "this_machine", lambda *which: machine.measure_machine(*which, **little))
+    out = tmp_path / "gpu.json"
+    sizes = ["--batch", "1", "--prompt-tokens", "2", "--response-tokens", "2", "--rank", "2", "--iterations", "1"]
+    tiny = ["gpu.py", "--out", str(out), "--shape", "smollm2-135m", "--device", "cpu", *sizes, "--max-batch", "2"]
+    monkeypatch.setattr(sys, "argv", [*tiny, "--part", "methods", "--method", "j-hydra-ppo"])
+    gpu.main()
+    # A shape's name is all that is special about a small one.
+    monkeypatch.setattr(sys, "argv", [word.replace("smollm2-135m", "scratch:tiny") for word in tiny])
+    monkeypatch.setattr(gpu, "CURVE_METHODS", ("hydra-ppo",))
+    sys.argv += ["--dtype", "float32", "--part", "nf4", "--part", "curve", "--budgets", "1GiB", "450MiB"]
+    gpu.main()
+    found = json.loads(out.read_text())
+    assert [(row["method"], row["status"]) for row in found["methods"]["rows"]] == [("j-hydra-ppo", "measured")]
+    assert found["nf4"]["bench"]["quantization"] == "nf4"
+    assert [(row["budget"], row["status"]) for row in found["curve"]["rows"]] == [
+        ("1GiB", "measured"),
+        ("450MiB", "planned"),
+    ]
+    written = tables.filled("<!-- begin: gpu-curve -->\n<!-- end -->", {"gpu": found})
+    assert "| `hydra-ppo` | 450MiB | 1 | 0.0 | – | planned only |" in written
+
+
+def test_tables_are_written_between_their_markers():
+    document = "a\n<!-- begin: memory-kept -->\nold\n<!-- end -->\nb\n"
+    missing = tables.filled(document, {})
+    assert missing.startswith("a\n<!-- begin: memory-kept -->\nNot measured yet: `python benchmarks/memory.py ")
+    measured = {
+        "date": "2026-01-02",
+        "cores": 2,
+        "cpu": "CPU",
+        "threads": 1,
+        "versions": {"torch": "2", "transformers": "5"},
+        "load_average_before": [0.25, 0, 0],
+    }
+    results = {"memory": {"kept": {"worst_ratio": 1.0312, "bar": 1.1, "measured": measured}}}
+    written = tables.filled(missing, results)
+    assert "| of the ideal | <= 1.10 x | 1.031 x |" in written
+    assert (
+        "Measured 2026-01-02 on 2 cores (CPU), 1 threads, torch 2, transformers 5; load average before: 0.2." in written
+    )
+    assert written.endswith("<!-- end -->\nb\n")
+    assert tables.filled(written, results) == written
+
+
+def test_the_document_is_what_the_script_writes():
+    document = tables.DOCUMENT.read_text("utf-8")
+    assert set(tables.TABLES) == {name for _, name, _ in tables.BLOCK.findall(document)}
+    assert tables.filled(document, tables.read_results(tables.RESULTS)) == document, "run python benchmarks/tables.py"
