@@ -43,27 +43,28 @@ class Classifier:
 
     def load(self) -> PreTrainedModel:
         """The model, loaded at the first call. Raises `ModelError`."""
-        if self._model is None:
-            try:
-                loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                    self.config.path,
-                    dtype=DTYPES[self.config.dtype],
-                    use_safetensors=True,
-                    output_loading_info=True,
-                    **self._options,
-                )
-            except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-                raise self._refusal(error) from error
-            model, report = loaded
-            missing = sorted(report["missing_keys"])
-            if missing:  # transformers would make them up, differently each time
-                raise ModelError(
-                    f"{self.config.path} lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]}; is "
-                    "it a sequence classifier?"
-                )
-            model.requires_grad_(False)
-            self._model = model.eval().to(pick_device(self.config.device))
-        return self._model
+        if self._model is not None:
+            return self._model
+        try:
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                self.config.path,
+                dtype=DTYPES[self.config.dtype],
+                use_safetensors=True,
+                output_loading_info=True,
+                **self._options,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise self._refusal(error) from error
+        model, report = loaded
+        missing = sorted(report["missing_keys"])
+        if missing:  # transformers would make them up, differently each time
+            raise ModelError(
+                f"{self.config.path} lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]}; is it "
+                "a sequence classifier?"
+            )
+        model.requires_grad_(False)
+        self._model = model.eval().to(pick_device(self.config.device))
+        return model
 
     def score(self, prompts: Sequence[str], originals: Sequence[Any], responses: Sequence[str]) -> list[float]:
         """One number per response. `prompts` are texts; `originals` the same as the data has them, text or messages."""
