@@ -43,7 +43,7 @@ def probe_step(recipe: Recipe) -> dict[str, float]:
         micro_batch_tokens=2 * (PROMPT_TOKENS + RESPONSE_TOKENS), rollout_rows=NUM_SEQUENCES, checkpointed_layers=0
     )
     table = ROLES[recipe.method]
-    planner = planner_of(recipe, config, work, optimizer=recipe.ppo.optimizer, below=False)
+    planner = planner_of(recipe, config, work, optimizer=recipe.ppo.optimizer, below_rank=0)
     planned = planner.ppo(table, cuts)
     on_cpu = pick_device(recipe.model.device).type == "cpu"
     memory = PhaseMemory(track_tensors=on_cpu)
