@@ -8,19 +8,17 @@ temporary folder. The peers' environments, and one of this package without devel
 """
 
 import argparse
-import json
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from memory_peers import Pythons, measure_peers, systems, versions
-from memory_workload import HERE, MIB, Workload, last_json, make_workload, run_measured
+from memory_peers import Pythons, measure_peers, systems
+from memory_workload import HERE, Workload, last_json, make_workload, run_measured
+from parts import circumstances, write_part
 
 GRPO_BAR = 1.12
 """Most of the peak tensor bytes that the critic may cost."""
@@ -91,28 +89,6 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path, Workload], dict[str, Any]]]
 }
 
 
-def circumstances(threads: int) -> dict[str, Any]:
-    """When and on what a part was measured."""
-    cpus = [line.partition(":")[2].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "system": platform.system(),
-        "cpu": cpus[0] if cpus else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1024 * MIB), 1),
-        "libc": " ".join(platform.libc_ver()),
-        "threads": threads,
-        "load_average_before": os.getloadavg(),
-        "versions": versions(sys.executable),
-    }
-
-
-def read_lines(path: str) -> list[str]:
-    """The lines of a file, none where there is no such file."""
-    file = Path(path)
-    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line; defaults are the peers' workload."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -145,16 +121,12 @@ def main() -> None:
         rank=args.rank,
         updates=args.updates,
     )
-    result: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         work = Path(folder)
         make_workload(work, workload.shape)
         for name in args.part or PARTS:
-            found = {"measured": circumstances(args.threads)}
-            result[name] = found | {"workload": asdict(workload)} | PARTS[name](args, work, workload)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            print(f"{name}: written to {args.out}")
+            before = {"measured": circumstances(args.threads), "workload": asdict(workload)}
+            write_part(args.out, name, before | PARTS[name](args, work, workload))
 
 
 if __name__ == "__main__":

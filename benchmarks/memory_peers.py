@@ -6,7 +6,7 @@ included, and the same for all. This project's side is its command line with a r
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -53,20 +53,38 @@ def systems() -> list[str]:
 def measure_peers(
     work: Path, workload: Workload, pythons: Pythons, *, repeats: int, threads: int, budget: str, chosen: Sequence[str]
 ) -> dict[str, Any]:
-    """All chosen systems `repeats` times, in turns, so that a busy minute does not fall on one of them alone."""
-    runs: dict[str, list[dict[str, Any]]] = {system: [] for system in chosen}
-    for repeat in range(repeats):
-        for system in chosen:
-            run = run_system(work, workload, pythons, system, repeat, threads=threads, budget=budget)
-            runs[system].append(run)
-            print(f"{system} {repeat + 1}/{repeats}: {run['peak_rss_mib']:.0f} MiB, {run['s_per_sample']:.2f} s/sample")
-    environments = {name: pythons.of(name) for name in dict.fromkeys(s.partition("-")[0] for s in chosen)}
+    """All chosen systems, in turns, so that a busy minute does not fall on one of them alone."""
+    runs = in_turns(
+        chosen,
+        repeats,
+        lambda system, repeat: run_system(work, workload, pythons, system, repeat, threads=threads, budget=budget),
+    )
+    environments = environments_of(pythons, chosen)
     return {
         "versions": {name: versions(python) for name, python in environments.items()},
         "imports_rss_mib": {name: imports_rss_mib(python, threads) for name, python in environments.items()},
         **summarise(runs),
         "runs": runs,
     }
+
+
+def in_turns(
+    chosen: Sequence[str], repeats: int, run: Callable[[str, int], dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """`run(system, repeat)` of every system, `repeats` times, one after the other in each round."""
+    runs: dict[str, list[dict[str, Any]]] = {system: [] for system in chosen}
+    for repeat in range(repeats):
+        for system in chosen:
+            done = run(system, repeat)
+            runs[system].append(done)
+            told = f"{done['peak_rss_mib']:.0f} MiB, {done['s_per_sample']:.3f} s/sample"
+            print(f"{system} {repeat + 1}/{repeats}: {told}", flush=True)
+    return runs
+
+
+def environments_of(pythons: Pythons, chosen: Sequence[str]) -> dict[str, str]:
+    """The interpreters that some systems run in, by the first word of their names."""
+    return {name: pythons.of(name) for name in dict.fromkeys(system.partition("-")[0] for system in chosen)}
 
 
 def run_system(
@@ -77,6 +95,11 @@ def run_system(
     if system.startswith("hydra-"):
         policy = system.removeprefix("hydra-")
         return run_hydra(python, work, workload, policy, name=f"{policy}-{repeat}", threads=threads, budget=budget)
+    return run_peer(python, work, workload, system, threads=threads)
+
+
+def run_peer(python: str, work: Path, workload: Workload, system: str, *, threads: int) -> dict[str, Any]:
+    """One run of one peer's script; times are those it prints."""
     script, *options = PEER_SCRIPTS[system]
     command = [python, str(HERE / "peers" / script), str(work), *workload.peer_options(), *options]
     measured = run_measured(command, threads=threads)

@@ -352,7 +352,7 @@ ONLINE_SOFTMAX: Changes = {
         ("weighted sum not rescaled", WEIGHTED, WEIGHTED.replace(".mul_(shrink)", "")),
         ("weighted sum not moved to the new peak", WEIGHTED, "self.weighted.mul_(shrink)"),
         ("moved by the sum after this tile", WEIGHTED + "\n        " + TOTAL, TOTAL + "\n        " + WEIGHTED),
-        ("sum of exponentials for the weighted sum", "exponentials.mul_(tile).sum", "exponentials.sum"),
+        ("sum of exponentials for the weighted sum", "tile.mul_(exponentials).sum", "exponentials.sum"),
         ("targets elsewhere overwritten", FOUND, "tile.gather(1, column).squeeze(1)"),
         ("target never read", FOUND, "self.target_logit"),
         ("target less this tile's peak", FOUND, FOUND.replace("squeeze(1)", "squeeze(1) - tile.amax(dim=1)")),
@@ -432,6 +432,31 @@ TILED_LOGPROBS: Changes = {
         ("head never has a gradient", "torch.zeros_like(weight) if wants_weight", "torch.zeros_like(weight) if False"),
         ("bias of the first token alone", "gradient.sum(dim=0)", "gradient[0]"),
         ("a whole float32 head", "torch.zeros_like(weight) if", "torch.zeros_like(weight.to(wide)) if"),
+    ],
+}
+
+SWEPT_LOGPROBS: Changes = {
+    "SweptLogprobs": [
+        ("earlier sums not shrunk", "pull[tokens].mul_(shrink[:, None])", "pull[tokens]"),
+        ("not divided by the total", "pull.div_(-softmax.total[:, None])", "pull.neg_()"),
+        ("sign", "pull.div_(-softmax.total[:, None])", "pull.div_(softmax.total[:, None])"),
+        ("target left out", ".add_(weight[targets])", ""),
+        ("scale left out", ".mul_(shaping.scale / shaping.temperature)", ".div_(shaping.temperature)"),
+        ("temperature left out", ".mul_(shaping.scale / shaping.temperature)", ".mul_(shaping.scale)"),
+        ("loss's weights left out", "(pull * grad_logprobs[:, None])", "pull"),
+        ("entropy has a gradient", "ctx.mark_non_differentiable(entropy)", "pass"),
+        ("bias left out", "None if bias is None else bias[vocabulary]", "None"),
+    ],
+    "one_sweep_will_do": [
+        (
+            "trained heads too",
+            "trained = head.weight.requires_grad or",
+            "trained = False and head.weight.requires_grad or",
+        ),
+        ("trained bias too", "head.bias.requires_grad)", "False)"),
+        ("entropy's gradient lost", " and not entropy_gradient", ""),
+        ("caps too", "head.softcap is None and", "True and"),
+        ("without a graph", "torch.is_grad_enabled() and", "True and"),
     ],
 }
 
@@ -606,6 +631,7 @@ CACHE: Changes = {
     ],
 }
 
+NORMALISER = "log_normaliser = logits.logsumexp(dim=-1)"
 TILE = "size = max(1, tile_bytes // (DRAW_BYTES * len(head.weight)))"
 
 SAMPLE: Changes = {
@@ -623,15 +649,18 @@ SAMPLE: Changes = {
             "head.logits(states[: len(states[start : start + size])])",
         ),
         ("forbidden ids allowed", "logits[:, forbidden] = -torch.inf", "pass"),
-        ("order of tiles", "return torch.cat(tiles)", "return torch.cat(tiles[::-1])"),
+        ("order of tiles", "return torch.cat(tokens)", "return torch.cat(tokens[::-1])"),
+        ("temperature ignored", "logits /= config.temperature", "pass"),
+        ("multiplied by the temperature", "logits /= config.temperature", "logits *= config.temperature"),
+        ("log-probs of what is left", NORMALISER, f"logits[:, forbidden] = -torch.inf\n        {NORMALISER}"),
+        ("logits as log-probs", "squeeze(1) - log_normaliser", "squeeze(1)"),
     ],
     "draw": [
-        ("temperature ignored", "logits = logits / config.temperature", "pass"),
-        ("multiplied by the temperature", "logits / config.temperature", "logits * config.temperature"),
-        ("in place", "logits = logits / config.temperature", "logits = logits.div_(config.temperature)"),
-        ("float32", "restrict(logits, config).double().softmax", "restrict(logits, config).softmax"),
+        ("upside down", "(kept - kept.amax(dim=-1, keepdim=True))", "(kept.amin(dim=-1, keepdim=True) - kept)"),
+        ("no exponential", ".exp_()", ".add_(50.0)"),
         ("one too early", "right=True).squeeze(1)", "right=True).squeeze(1).sub(1).clamp(min=0)"),
-        ("not restricted", "restrict(logits, config).double()", "logits.double()"),
+        ("not restricted", "kept = restrict(logits, config)", "kept = logits"),
+        ("uniforms taken as they are", "uniforms.double()[:, None] * cumulative[:, -1:]", "uniforms.double()[:, None]"),
     ],
 }
 
@@ -883,15 +912,536 @@ COUNT: Changes = {
     ],
 }
 
-PACKAGES = {"quantized": "model", "adam8bit": "runtime", "online_softmax": "model", "tiled_logprobs": "model"}
+OUTCOME = "0.5 * (1 + (a > b) - (a < b))"
+WIDER = "observed - delta > z * math.sqrt(variance)"
+MIRRORED = "2 * estimate - _quantile(errors, fraction)"
+CENTRE = "centre = (rate + z * z / (2 * n)) / (1 + z * z / n)"
+RADIUS = "math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)"
+GAP = "sum(b.num_pairs * abs(b.accuracy - b.confidence) for b in bins) / len(margins)"
+
+STATISTICS: Changes = {
+    "pair_outcomes and win_rate": [
+        ("ties are losses", OUTCOME, "1.0 * (a > b)"),
+        ("ties are wins", OUTCOME, "1.0 * (a >= b)"),
+        ("sides swapped", OUTCOME, "0.5 * (1 + (b > a) - (b < a))"),
+        ("NaN is a loss", "math.nan if math.isnan(a) or math.isnan(b) else ", ""),
+        ("lengths may differ", "list(zip(ours, theirs, strict=True))", "list(zip(ours, theirs))"),
+    ],
+    "win_rate_interval": [
+        ("one-sided", "z = NormalDist().inv_cdf(0.5 + level / 2)\n    low", "z = NormalDist().inv_cdf(level)\n    low"),
+        ("not halved", "return (1 + low) / 2, (1 + high) / 2", "return 1 + low, 1 + high"),
+        (
+            "sides not swapped",
+            "-_lower_delta(losses, wins, len(outcomes), z)",
+            "-_lower_delta(wins, losses, len(outcomes), z)",
+        ),
+        (
+            "ties dropped",
+            "high = -_lower_delta(losses, wins, len(outcomes), z)",
+            "high = -_lower_delta(losses, wins, max(1, wins + losses), z)",
+        ),
+        (
+            "variance without the losses",
+            "max(2 * loss_rate + delta * (1 - delta), 0.0)",
+            "max(delta * (1 - delta), 0.0)",
+        ),
+        ("variance of the difference alone", "delta * (1 - delta), 0.0) / n", "delta * (1 + delta), 0.0) / n"),
+        ("z forgotten", WIDER, WIDER.replace("z * ", "")),
+        (
+            "smaller root",
+            "(math.sqrt(max(b * b - 4 * a * c, 0.0)) - b)",
+            "(-math.sqrt(max(b * b - 4 * a * c, 0.0)) - b)",
+        ),
+    ],
+    "reliability_bins": [
+        ("low end of the next bin", "low=0.5 + index / (2 * num_bins)", "low=0.5 + (index + 1) / (2 * num_bins)"),
+        ("high end of its own low end", "high=0.5 + (index + 1) / (2 * num_bins)", "high=0.5 + index / (2 * num_bins)"),
+        ("bins over all of 0 to 1", "int((confidence - 0.5) * 2 * num_bins)", "int(confidence * num_bins)"),
+        ("empty bins kept out wrongly", "        if pairs\n", "        if len(pairs) > 1\n"),
+        ("confidence of the sign", "math.exp(-abs(margin))", "math.exp(-margin)"),
+        (
+            "accuracy and confidence mixed up",
+            "accuracy=fmean(right for _, right in pairs)",
+            "accuracy=fmean(right for right, _ in pairs)",
+        ),
+    ],
+    "calibration_error": [
+        ("bins weighted alike", GAP, "fmean(abs(b.accuracy - b.confidence) for b in bins)"),
+        ("signs cancel", GAP, GAP.replace("abs(b.accuracy - b.confidence)", "(b.accuracy - b.confidence)")),
+        ("largest gap", GAP, "max(abs(b.accuracy - b.confidence) for b in bins)"),
+        ("squared", GAP, GAP.replace("abs(b.accuracy - b.confidence)", "(b.accuracy - b.confidence) ** 2")),
+        ("always ten bins", "bins = reliability_bins(margins, num_bins=num_bins)", "bins = reliability_bins(margins)"),
+    ],
+    "calibration_interval": [
+        ("not mirrored", MIRRORED, "_quantile(errors, 1 - fraction)"),
+        ("not held at 0", "(max(0.0, end) for end in ends)", "(end for end in ends)"),
+        ("level ignored", "((1 + level) / 2, (1 - level) / 2))", "(0.975, 0.025))"),
+        ("one-sided", "((1 + level) / 2, (1 - level) / 2))", "(level, 1 - level))"),
+        (
+            "signs cancel",
+            "np.abs(generator.multinomial(len(margins), shares) @ gaps).sum()",
+            "abs((generator.multinomial(len(margins), shares) @ gaps).sum())",
+        ),
+        ("pairs not resampled", "generator.multinomial(len(margins), shares) @ gaps", "np.ones(len(margins)) @ gaps"),
+    ],
+    "interval_from_error": [
+        ("Wald's centre", CENTRE, "centre = rate"),
+        (
+            "number of prompts always",
+            "n = rate * (1 - rate) / standard_error**2 if standard_error > 0 else float(num_prompts)",
+            "n = float(num_prompts)",
+        ),
+        ("error not squared", "/ standard_error**2", "/ standard_error"),
+        ("no Wilson term", RADIUS, "math.sqrt(rate * (1 - rate) / n)"),
+        ("radius not shrunk", "half = z / (1 + z * z / n) *", "half = z *"),
+        ("all losses divide by zero made one", "n = n if n > 0 else float(num_prompts)", "n = n if n > 0 else 1.0"),
+        (
+            "one-sided",
+            "z = NormalDist().inv_cdf(0.5 + level / 2)\n    centre",
+            "z = NormalDist().inv_cdf(level)\n    centre",
+        ),
+    ],
+}
+
+ONE_HOT = "2 * np.eye(2)[generator.integers(0, 2, num)]"
+DIRICHLET = "generator.dirichlet(np.full(k, (k - 2) / k), num)"
+EXPECTED = "1 / (1 + np.exp(theta[..., None, :] - theta[..., :, None]))"
+GRADIENT = "(wins - games * expected).sum(-1)"
+
+BRADLEY_TERRY: Changes = {
+    "seed_weights": [
+        ("plain Dirichlet", DIRICHLET, "generator.dirichlet(np.ones(k), num)"),
+        ("not scaled to k", "weights[:, members] = k * generator", "weights[:, members] = generator"),
+        ("two seeds always alike", ONE_HOT, "1.0"),
+        ("two seeds not scaled", ONE_HOT, ONE_HOT.replace("2 * ", "", 1)),
+        ("no weights for more", "elif k > 2:", "elif k > 99:"),
+        ("bootstrap of seeds", DIRICHLET, "generator.multinomial(k, np.full(k, 1 / k), num) / k"),
+    ],
+    "pair_totals": [
+        ("prompt weights ignored", "values @ prompt_weights.T", "values @ np.ones_like(prompt_weights).T"),
+        ("entry weights ignored", " * pair_weights\n", "\n"),
+        ("entries added up", "1 / np.bincount(player_of)[player_of]", "1.0"),
+        ("failures are losses", "total(known.astype(float))", "total(np.ones_like(outcomes))"),
+        ("failures are ties", "np.where(known, outcomes, 0.0)", "np.where(known, outcomes, 0.5)"),
+        (
+            "weights of one side",
+            "entry_weights[:, :, None] * entry_weights[:, None, :]",
+            "entry_weights[:, :, None] * np.ones_like(entry_weights)[:, None, :]",
+        ),
+    ],
+    "fit_strengths": [
+        ("sign", EXPECTED, "1 / (1 + np.exp(theta[..., :, None] - theta[..., None, :]))"),
+        ("one step only", "for _ in range(200):\n        expected", "for _ in range(1):\n        expected"),
+        ("games of one side", "games = wins + np.swapaxes(wins, -1, -2)", "games = 2 * wins"),
+        ("win rates for strengths", "return theta\n", "return 1 / (1 + np.exp(-theta))\n"),
+        ("stops early", "np.abs(step).max() < 1e-9", "np.abs(step).max() < 0.3"),
+        ("gradient halved in games", GRADIENT, "(wins - games * expected / 2).sum(-1)"),
+    ],
+    "strengths_of": [
+        ("no prior", "return fit_strengths(wins + PRIOR)", "return fit_strengths(wins + 1e-9)"),
+        ("a whole win each", "return fit_strengths(wins + PRIOR)", "return fit_strengths(wins + 1.0)"),
+        ("prior as a factor", "return fit_strengths(wins + PRIOR)", "return fit_strengths(wins * PRIOR + 1e-9)"),
+        ("sign", "return fit_strengths(wins + PRIOR)", "return -fit_strengths(wins + PRIOR)"),
+        ("turned round", "return fit_strengths(wins + PRIOR)", "return fit_strengths(wins.T + PRIOR)"),
+    ],
+    "bootstrap": [
+        (
+            "prior not weighted",
+            "np.maximum(generator.standard_gamma(PRIOR, (num_resamples, num_players, num_players)), 1e-6)",
+            "PRIOR",
+        ),
+        ("prior a whole win", "generator.standard_gamma(PRIOR, (num", "generator.standard_gamma(1.0, (num"),
+        (
+            "prompts not weighted",
+            "generator.standard_exponential((num_resamples, outcomes.shape[-1]))",
+            "np.ones((num_resamples, outcomes.shape[-1]))",
+        ),
+        (
+            "weights too even",
+            "generator.standard_exponential((num_resamples, outcomes.shape[-1]))",
+            "generator.standard_gamma(2.0, (num_resamples, outcomes.shape[-1]))",
+        ),
+        (
+            "seed ignored",
+            "generator = np.random.default_rng(seed)\n    num_players",
+            "generator = np.random.default_rng(0)\n    num_players",
+        ),
+        ("no prior", "fit_strengths(wins + prior)", "fit_strengths(wins + 1e-9)"),
+        ("rates of the losers", "rates = wins / games", "rates = 1 - wins / games"),
+    ],
+    "percentiles": [
+        ("level ignored", "((1 - level) / 2, (1 + level) / 2)", "(0.025, 0.975)"),
+        ("one-sided", "((1 - level) / 2, (1 + level) / 2)", "(1 - level, level)"),
+        ("ends swapped", "((1 - level) / 2, (1 + level) / 2)", "((1 + level) / 2, (1 - level) / 2)"),
+        ("upper half", "((1 - level) / 2, (1 + level) / 2)", "(0.5, (1 + level) / 2)"),
+        ("whole range", "((1 - level) / 2, (1 + level) / 2)", "(0.0, 1.0)"),
+    ],
+}
+
+DEVIATION = "np.sqrt(np.mean(difference**2))"
+STEP = "gradient = (weights * (y - expected)) @ features - penalty * coefficients"
+
+LENGTH_CONTROL: Changes = {
+    "length_term": [
+        ("around the mean", DEVIATION, "(np.std(difference) or 1.0)"),
+        ("not squared", DEVIATION, "np.mean(np.abs(difference))"),
+        ("no tanh", "np.tanh(difference / deviation)", "difference / deviation"),
+        ("not scaled", "np.tanh(difference / deviation)", "np.tanh(difference)"),
+        ("sign", "difference = lengths - other_lengths", "difference = other_lengths - lengths"),
+        ("variance for deviation", DEVIATION, "np.mean(difference**2)"),
+    ],
+    "fit_length_model": [
+        ("weights ignored", STEP, STEP.replace("weights * ", "")),
+        ("no penalty", "penalty = np.array([0.0, SLOPE_DEVIATION**-2])", "penalty = np.array([0.0, 1e-12])"),
+        (
+            "penalty on both",
+            "penalty = np.array([0.0, SLOPE_DEVIATION**-2])",
+            "penalty = np.array([SLOPE_DEVIATION**-2] * 2)",
+        ),
+        ("deviation for variance", "SLOPE_DEVIATION**-2", "SLOPE_DEVIATION**-1"),
+        ("prior of wins only", "np.append(outcomes, [1.0, 0.0])", "np.append(outcomes, [1.0, 1.0])"),
+        ("one step only", "for _ in range(200):", "for _ in range(1):"),
+        ("no intercept", "np.stack([np.ones_like(x), x], axis=1)", "np.stack([1e-3 * np.ones_like(x), x], axis=1)"),
+    ],
+    "length_controlled_win_rate": [
+        ("rate at the mean length", "np.exp(-point[0, 0])", "np.exp(-point[0, 0] - point[0, 1] * terms.mean())"),
+        ("slope for intercept", "np.exp(-point[0, 0])", "np.exp(-point[0, 1])"),
+        ("sign", "np.exp(-point[0, 0])", "np.exp(point[0, 0])"),
+        ("every outcome its own prompt", "np.unique(prompts, return_inverse=True)", "(None, np.arange(len(prompts)))"),
+        ("no prior", "np.full((1, 2), PRIOR)", "np.full((1, 2), 1e-6)"),
+        (
+            "prompts not resampled",
+            "generator.standard_exponential((num_resamples, int(cluster.max()) + 1))[:, cluster]",
+            "np.ones((num_resamples, len(cluster)))",
+        ),
+        ("interval of the slope", "prior)[:, 0]", "prior)[:, 1]"),
+        (
+            "runs not weighted",
+            "drawn = drawn * seed_weights(generator, entries, num_resamples)[:, side]",
+            "drawn = drawn",
+        ),
+        ("every pair of runs counts", "even = even / len(entries)", "even = even"),
+        (
+            "lengths swapped",
+            "terms = length_term(lengths, other_lengths)",
+            "terms = 0 * length_term(lengths, other_lengths)",
+        ),
+    ],
+}
+
+AGREED = "ours if ours == 1 - value_of(swapped) else 0.5"
+
+LLM_JUDGE: Changes = {
+    "read_verdict": [
+        ("first line", "lines[-1].lower()", "lines[0].lower()"),
+        ("anywhere in the line", 're.fullmatch(r"verdict', 're.search(r"verdict'),
+        ("ties unread", "(a|b|tie)\\b", "(a|b)\\b"),
+        ("A is B", '"A" if found[1] == "a" else "B"', '"B" if found[1] == "a" else "A"'),
+        ("case matters", "lines[-1].lower()", "lines[-1]"),
+        (
+            "empty lines count",
+            "for line in text.strip().splitlines() if line.strip",
+            "for line in text.splitlines() if True or line.strip",
+        ),
+    ],
+    "outcome_of": [
+        ("first order only", AGREED, "ours"),
+        ("second order only", AGREED, "1 - value_of(swapped)"),
+        ("mean of both", AGREED, "(ours + 1 - value_of(swapped)) / 2"),
+        ("places not swapped back", AGREED, "ours if ours == value_of(swapped) else 0.5"),
+        ("failure is a tie", "        return math.nan\n    ours", "        return 0.5\n    ours"),
+        (
+            "one missing verdict is enough",
+            "if straight is None or swapped is None:\n        return math.nan",
+            "if straight is None:\n        return math.nan\n    if swapped is None:\n        return value_of(straight)",
+        ),
+        ("A loses", '{"A": 1.0, "tie": 0.5, "B": 0.0}', '{"A": 0.0, "tie": 0.5, "B": 1.0}'),
+    ],
+}
+
+LENGTH_TARGET = "score -= abs(length - target) / target"
+LENGTH_MAXIMUM = "score -= max(0, length - maximum) / maximum"
+GRAMS = "for start in range(len(ids) - ngram + 1)"
+DISTINCT = "return len(set(grams)) / len(grams) - 1.0"
+SHARES = "return _share_found(text, wanted) - _share_found(text, unwanted)"
+WORD = r'rf"(?<!\w){re.escape(word)}(?!\w)"'
+
+RULE_REWARDS: Changes = {
+    "length_score": [
+        ("sign of the target", LENGTH_TARGET, LENGTH_TARGET.replace("-=", "+=")),
+        ("not a share of the target", LENGTH_TARGET, "score -= abs(length - target)"),
+        ("shorter is better than the target", LENGTH_TARGET, "score -= (length - target) / target"),
+        ("shorter than the maximum is better", LENGTH_MAXIMUM, "score -= (length - maximum) / maximum"),
+        ("not a share of the maximum", LENGTH_MAXIMUM, "score -= max(0, length - maximum)"),
+        ("sign of the maximum", LENGTH_MAXIMUM, LENGTH_MAXIMUM.replace("-=", "+=")),
+        ("the maximum alone counts", LENGTH_MAXIMUM, LENGTH_MAXIMUM.replace("-= ", "= -")),
+        (
+            "one too many is allowed",
+            LENGTH_MAXIMUM,
+            LENGTH_MAXIMUM.replace("length - maximum)", "length - maximum - 1)"),
+        ),
+    ],
+    "format_score": [
+        ("turned round", "return 0.0 if found is None else 1.0", "return 1.0 if found is None else 0.0"),
+        (
+            "any part will do",
+            "re.fullmatch(pattern, text, re.DOTALL) if whole",
+            "re.search(pattern, text, re.DOTALL) if whole",
+        ),
+        ("the beginning will do", "re.fullmatch(pattern", "re.match(pattern"),
+        ("always the whole", "else re.search(pattern, text, re.DOTALL)", "else re.fullmatch(pattern, text, re.DOTALL)"),
+        ("the beginning where any part will do", "else re.search(", "else re.match("),
+        ("one line, whole", "re.fullmatch(pattern, text, re.DOTALL)", "re.fullmatch(pattern, text)"),
+        ("one line, part", "re.search(pattern, text, re.DOTALL)", "re.search(pattern, text)"),
+    ],
+    "repetition_score": [
+        ("sign", DISTINCT, "return 1.0 - len(set(grams)) / len(grams)"),
+        ("repeats rewarded", DISTINCT, "return -len(set(grams)) / len(grams)"),
+        ("single ids", "tuple(ids[start : start + ngram])", "ids[start]"),
+        ("one id too many", "ids[start : start + ngram]", "ids[start : start + ngram + 1]"),
+        ("last n-gram left out", GRAMS, "for start in range(len(ids) - ngram)"),
+        ("ends counted as n-grams", GRAMS, "for start in range(len(ids))"),
+        ("divided by ids", DISTINCT, DISTINCT.replace("/ len(grams)", "/ len(ids)")),
+        ("side by side only", GRAMS, "for start in range(0, len(ids) - ngram + 1, ngram)"),
+    ],
+    "keyword_score": [
+        ("sign", SHARES, SHARES.replace(" - ", " + ")),
+        ("turned round", SHARES, "return _share_found(text, unwanted) - _share_found(text, wanted)"),
+        ("unwanted words ignored", SHARES, "return _share_found(text, wanted)"),
+        ("parts of words", WORD, "re.escape(word)"),
+        ("beginnings of words", WORD, WORD.replace(r"(?!\w)", "")),
+        ("ends of words", WORD, WORD.replace(r"(?<!\w)", "")),
+        ("word borders of regular expressions", WORD, r'rf"\b{re.escape(word)}\b"'),
+        ("words as patterns", "{re.escape(word)}", "{word.replace('++', '')}"),
+        ("case matters", ", re.IGNORECASE)", ")"),
+        ("count, not share", "return found / len(words)", "return float(found)"),
+    ],
+}
+
+OUTCOMES: Changes = {
+    "check_returned": [
+        ("strings are lists", "if isinstance(returned, str | bytes | dict) or", "if isinstance(returned, dict) or"),
+        ("mappings are lists", "isinstance(returned, str | bytes | dict)", "isinstance(returned, str | bytes)"),
+        ("generators refused", 'not hasattr(returned, "__iter__")', "not isinstance(returned, Sequence)"),
+        ("the first length for all", "check_value(value, length) for", "check_value(value, lengths[0]) for"),
+        ("one failure for all", "return [Failure(reason)] * num_responses", "return [Failure(reason)]"),
+    ],
+    "check_value": [
+        ("length not looked at", "if len(value) != length:", "if False:"),
+        ("longer is fine", "if len(value) != length:", "if len(value) < length:"),
+        (
+            "bytes are per-token rewards",
+            "isinstance(value, str | bytes):\n        return check_number",
+            "isinstance(value, str):\n        return check_number",
+        ),
+        ("sum not looked at", "return total if isinstance(total, Failure) else rewards", "return rewards"),
+        ("one number for all tokens", "return total if isinstance(total, Failure) else rewards", "return total"),
+        (
+            "a bad token left out",
+            "        if isinstance(number, Failure):\n            return number\n",
+            "        if isinstance(number, Failure):\n            continue\n",
+        ),
+    ],
+    "check_number": [
+        ("strings are numbers", "if isinstance(value, str | bytes) or not", "if not"),
+        ("NaN passes", "not abs(number) <= FLOAT32_MAX", "abs(number) > FLOAT32_MAX"),
+        ("negative infinity passes", "not abs(number) <= FLOAT32_MAX", "not number <= FLOAT32_MAX"),
+        ("float64 is enough", "FLOAT32_MAX = (2 - 2**-23) * 2.0**127", "FLOAT32_MAX = 1.7e308"),
+        ("the largest is refused", "not abs(number) <= FLOAT32_MAX", "not abs(number) < FLOAT32_MAX"),
+        ("huge integers are 0", "        number = math.inf", "        number = 0.0"),
+    ],
+    "score_in_parts": [
+        ("all at once", "size = batch_rows or num_responses", "size = num_responses"),
+        ("one by one", "size = batch_rows or num_responses", "size = 1"),
+        ("asks on", "if len(list(failures(outcomes))) > max_failed:", "if False:"),
+        (
+            "stops one too early",
+            "if len(list(failures(outcomes))) > max_failed:",
+            "if len(list(failures(outcomes))) >= max_failed > 0:",
+        ),
+        (
+            "the rest is missing",
+            'return outcomes + all_failed("was not asked any more", num_responses - len(outcomes))',
+            "return outcomes",
+        ),
+        (
+            "as many as all failed",
+            "num_responses - len(outcomes))\n        outcomes",
+            "num_responses)\n        outcomes",
+        ),
+        ("columns of the first rows", "column[start:stop]", "column[: stop - start]"),
+    ],
+}
+
+FILLED = "filled = torch.where(own.isfinite(), own, config.failure_value)"
+WEIGHED = "scores = scores + config.weight * (filled / scale)"
+WEIGHED_DENSE = "dense = dense + config.weight * (own_dense / scale)"
+ALLOWED = 'max_failed = 0 if config.on_failure == "raise" else math.floor(max_failed_frac * len(mask))'
+
+REWARD_SOURCES: Changes = {
+    "RewardSources.add_to": [
+        ("weight ignored", WEIGHED, WEIGHED.replace("config.weight * ", "")),
+        ("scale ignored", WEIGHED, WEIGHED.replace("(filled / scale)", "filled")),
+        ("multiplied by the scale", WEIGHED, WEIGHED.replace("/ scale", "* scale")),
+        ("head left out", WEIGHED, WEIGHED.replace("scores + ", "")),
+        ("weight of token rewards ignored", WEIGHED_DENSE, WEIGHED_DENSE.replace("config.weight * ", "")),
+        ("scale of token rewards ignored", WEIGHED_DENSE, WEIGHED_DENSE.replace(" / scale", "")),
+        ("token rewards of the last source", WEIGHED_DENSE, WEIGHED_DENSE.replace("dense + ", "")),
+        ("a failure is 0", FILLED, FILLED.replace("config.failure_value", "0.0")),
+        ("nothing is masked", "valid &= own.isfinite()", "pass"),
+        (
+            "everything that fails is masked",
+            'if config.on_failure == "mask":\n                valid',
+            "if True:\n                valid",
+        ),
+        ("only the last source masks", "valid &= own.isfinite()", "valid = own.isfinite()"),
+        ("a masked row keeps its score", "scores=torch.where(valid, scores, math.nan)", "scores=scores"),
+        ("a masked row keeps its token rewards", "torch.where(valid[:, None], dense, 0.0)", "dense"),
+        (
+            "scores of a source after weight",
+            "source_scores[config.name] = own",
+            "source_scores[config.name] = config.weight * own",
+        ),
+        ("a raising source asks on", ALLOWED, ALLOWED.replace('0 if config.on_failure == "raise" else ', "")),
+        ("other sources stop at the first", ALLOWED, "max_failed = 0"),
+    ],
+    "RewardSources.scale_of": [
+        ("always", "        if not config.normalize:\n            return 1.0\n", ""),
+        ("never", "if not config.normalize:", "if True:"),
+        (
+            "of this batch",
+            "(seen if seen.count else update_moments(seen, own)).scale",
+            "update_moments(Moments(), own).scale",
+        ),
+        (
+            "of this batch too",
+            "(seen if seen.count else update_moments(seen, own)).scale",
+            "update_moments(seen, own).scale",
+        ),
+        ("1 in the first step", "(seen if seen.count else update_moments(seen, own)).scale", "seen.scale"),
+        (
+            "variance",
+            "(seen if seen.count else update_moments(seen, own)).scale",
+            "(seen if seen.count else update_moments(seen, own)).variance",
+        ),
+    ],
+    "refuse_failures": [
+        (
+            "raises at the threshold",
+            "if len(failed) > max_failed_frac * len(outcomes):",
+            "if len(failed) >= max_failed_frac * len(outcomes):",
+        ),
+        ("no threshold", "if len(failed) > max_failed_frac * len(outcomes):", "if False:"),
+        (
+            "each source by itself",
+            "if len(failed) > max_failed_frac * len(outcomes):",
+            "if len(list(failures(outcomes))) > max_failed_frac * len(outcomes):",
+        ),
+        (
+            "counts, not shares",
+            "max_failed_frac * len(outcomes):\n        raise",
+            "10 * max_failed_frac:\n        raise",
+        ),
+        ("nothing raises", 'if config.on_failure == "raise":\n        raise', "if False:\n        raise"),
+    ],
+    "next_moments and source_metrics": [
+        (
+            "moments of all sources",
+            "for source in reward.sources if source.normalize]",
+            "for source in reward.sources]",
+        ),
+        (
+            "moments of this step",
+            "update_moments(moments.get(name, Moments()), source_scores[name])",
+            "update_moments(Moments(), source_scores[name])",
+        ),
+        ("failures in the mean", "given = scores[~scores.isnan()]", "given = scores.nan_to_num()"),
+        ("divisor n - 1", "given.std(correction=0)", "given.std(correction=1)"),
+        ("successes counted", "float(len(scores) - len(given))", "float(len(given))"),
+    ],
+}
+
+WORK: Changes = {
+    "step_work": [
+        ("a decode step for the first token", "max(0.0, batch.response_tokens - 1)", "batch.response_tokens"),
+        ("context at its longest", "batch.response_tokens / 2", "batch.response_tokens"),
+        ("cache of one row", "read += batch.num_sequences * context", "read += context"),
+        ("LoRA not read", "model.decode_bytes + (model.lora_bytes if adapted else 0)", "model.decode_bytes"),
+        ("one product of attention", "per_token += 4 *", "per_token += 2 *"),
+        ("decoding one row", "num_steps * batch.num_sequences * per_token", "num_steps * per_token"),
+        (
+            "head on all of the prompt",
+            "+ 2 * model.head_params * batch.num_sequences",
+            "+ 2 * model.head_params * prompts",
+        ),
+        ("only what learns is scored", "roles in passes(table).items()", "roles in learning.items()"),
+        ("forward left out of updating", "* (learned + backward)", "* backward"),
+        ("forwards of all epochs shared", "shared_flops=learned", "shared_flops=batch.num_epochs * learned"),
+    ],
+    "forward_flops and head_flops": [
+        ("LoRA always on", "batch.num_tokens, length, adapter is not None)", "batch.num_tokens, length, True)"),
+        ("LoRA always off", "batch.num_tokens, length, adapter is not None)", "batch.num_tokens, length, False)"),
+        (
+            "attention over the prompt",
+            "2 * model.num_layers * model.query_width * length",
+            "2 * model.num_layers * length",
+        ),
+        ("head on every token", "batch.num_response_tokens if reads", "batch.num_tokens if reads"),
+        ("every pass has an LM head", "if reads else 0.0", "if True else 0.0"),
+        ("no pass has one", "if reads else 0.0", "if False else 0.0"),
+    ],
+    "backward_flops": [
+        (
+            "weights learn for nothing",
+            "(4 * model.block_params + attention) + 2 * head",
+            "(2 * model.block_params + attention) + 2 * head",
+        ),
+        ("head frozen where the trunk learns", "attention) + 2 * head", "attention) + head"),
+        (
+            "base learns too",
+            "(2 * model.block_params + 4 * model.lora_params",
+            "(4 * model.block_params + 4 * model.lora_params",
+        ),
+        ("LoRA frozen", "4 * model.lora_params + attention", "2 * model.lora_params + attention"),
+        ("attention as in forward", "ATTENTION_BACKWARD * attention_flops", "attention_flops"),
+    ],
+    "bound": [
+        ("the faster of the two", "decode = max(", "decode = min("),
+        (
+            "bandwidth alone",
+            "max(work.decode_bytes / bandwidth, work.decode_flops / matrix_rate)",
+            "work.decode_bytes / bandwidth",
+        ),
+        ("prefill left out", "decode + work.prefill_flops / matrix_rate", "decode"),
+        ("shared forwards counted twice", "self.update_s - self.shared_s", "self.update_s"),
+        ("scoring left out", "self.generate_s + self.score_s + self", "self.generate_s + self"),
+    ],
+}
+
+PACKAGES = {
+    "swept_logprobs": "model",
+    "quantized": "model",
+    "adam8bit": "runtime",
+    "online_softmax": "model",
+    "tiled_logprobs": "model",
+}
 """Where a module is, if not among the algorithms."""
 TABLES = {"masking": MASKING, "kl": KL, "rewards": REWARDS, "advantages": ADVANTAGES, "losses": LOSSES}
 TABLES |= {"quantized": QUANTIZED, "adam8bit": ADAM8BIT}
 TABLES |= {"online_softmax": ONLINE_SOFTMAX, "tiled_logprobs": TILED_LOGPROBS}
 PACKAGES |= {"micro_batches": "stages", "limits": "stages", "cache": "model", "sample": "model"}
 TABLES |= {"micro_batches": MICRO_BATCHES, "limits": LIMITS, "cache": CACHE, "sample": SAMPLE}
+PACKAGES |= {"swept_logprobs": "model"}
+TABLES |= {"swept_logprobs": SWEPT_LOGPROBS}
 PACKAGES |= {"choose": "memory", "plan": "memory", "count": "memory", "course": "memory"}
 TABLES |= {"choose": CHOOSE, "plan": PLAN, "count": COUNT, "course": COURSE}
+PACKAGES |= dict.fromkeys(("statistics", "bradley_terry", "length_control", "llm_judge"), "evaluation")
+TABLES |= {"statistics": STATISTICS, "bradley_terry": BRADLEY_TERRY, "length_control": LENGTH_CONTROL}
+TABLES |= {"llm_judge": LLM_JUDGE}
+PACKAGES |= {"outcomes": "stages.scoring", "reward_sources": "stages.scoring"}
+TABLES |= {"rule_rewards": RULE_REWARDS, "outcomes": OUTCOMES, "reward_sources": REWARD_SOURCES}
+PACKAGES |= {"work": "benchmark"}
+TABLES |= {"work": WORK}
 MUTANTS = [
     Mutant(module, function, *change)
     for module, table in TABLES.items()

@@ -19,18 +19,18 @@ FILES = sorted(SRC.rglob("*.py"))
 
 # Who may import whom: only downwards, or a neighbour on the same row where NEIGHBOURS allows it.
 LAYERS = (
-    {"records", "config", "config_stages", "config_checks", "recipes", "errors"},
+    {"records", "config", "config_stages", "config_rewards", "config_checks", "recipes", "errors"},
     {"algorithms", "model", "data", "runtime"},
-    {"stages", "evaluation", "memory"},
+    {"stages", "evaluation", "memory", "benchmark"},
     {"reporting"},
-    {"api", "cli"},
+    {"api", "cli", "cli_bench", "cli_evaluation"},
 )
 LAYER_OF = {name: row for row, names in enumerate(LAYERS) for name in names}
 MEMORY_FOR_STAGES = {"hydra_rlhf.memory.count", "hydra_rlhf.memory.measure", "hydra_rlhf.memory.sizes"}
 # The plan is asked in two places: where a stage's limits are settled, and where one step is held against it.
 MEMORY_FOR_PLANNING = {"hydra_rlhf.memory.budget", "hydra_rlhf.memory.decide", "hydra_rlhf.memory.plan"}
 PLANNING_FILES = {"stages/settle.py", "stages/probe_step.py"}
-CONFIG_FILES = ("config.py", "config_stages.py")
+CONFIG_FILES = ("config.py", "config_stages.py", "config_rewards.py")
 NO_TORCH = (
     *CONFIG_FILES,
     "config_checks.py",
@@ -43,12 +43,13 @@ NO_TORCH = (
     "reporting/",
 )
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pandas", "pyarrow", "peft")
-TRANSFORMERS_PARTS = {"model", "data", "stages", "evaluation", "memory"}
+TRANSFORMERS_PARTS = {"model", "data", "stages", "evaluation", "memory", "benchmark"}
 MODEL_CLASS = re.compile(r"AutoModel\w*|AutoConfig|PreTrainedModel|\w+For(CausalLM|SequenceClassification)")
-MODEL_CLASS_FILES = {"model/trunk.py", "model/load.py", "model/export.py", "model/shapes.py"}
+MODEL_CLASS_FILES = {"model/trunk.py", "model/load.py", "model/classifier.py", "model/export.py", "model/shapes.py"}
 LOOP_FILES = {"stages/supervised.py", "stages/ppo.py"}
 METRIC_PREFIXES = "loss|score|reward|kl|ppo|response|optim|train|eval|rollout|update|time|memory"
-METRIC = re.compile(rf"({METRIC_PREFIXES})/[a-z0-9_]+")
+# NAME stands for the name of a reward source: `reward/NAME_mean`.
+METRIC = re.compile(rf"({METRIC_PREFIXES})/(NAME_)?[a-z0-9_]+")
 METHODS = {"ppo", "lora-ppo", "d-lora-ppo", "j-hydra-ppo", "hydra-ppo"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "managers", "base", "misc"}
 
@@ -166,7 +167,7 @@ def test_nothing_imports_itself_in_a_circle() -> None:
 
 
 def test_algorithms_are_pure_tensor_functions() -> None:
-    pure = {"math", "typing", "collections", "dataclasses", "functools", "itertools"}
+    pure = {"math", "re", "typing", "collections", "dataclasses", "functools", "itertools"}
     allowed = {"torch", "jaxtyping", "hydra_rlhf.records", "hydra_rlhf.algorithms"} | pure
     algorithms = [path for path in FILES if path.parent.name == "algorithms"]
     wrong = [f"{name_of(path)} imports {m}" for path in algorithms for m in imports_of(path) if not is_in(m, allowed)]
@@ -308,9 +309,9 @@ def test_no_vague_file_names() -> None:
 
 def config_classes() -> list[type]:
     """The dataclasses of the config files."""
-    from hydra_rlhf import config, config_stages
+    from hydra_rlhf import config, config_rewards, config_stages
 
-    named = vars(config_stages) | vars(config)
+    named = vars(config_rewards) | vars(config_stages) | vars(config)
     return [c for c in named.values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
 
 

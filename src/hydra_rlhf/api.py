@@ -16,6 +16,7 @@ from hydra_rlhf.stages.finish import save_policy
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.reward_fn import RewardFunction
+from hydra_rlhf.stages.scoring.kinds import open_sources
 from hydra_rlhf.stages.session import Session
 from hydra_rlhf.stages.settle import recipe_of, settle_ppo, settle_stage1
 from hydra_rlhf.stages.supervised import train_supervised
@@ -84,11 +85,12 @@ def train_ppo(
 
     What `config` leaves open (micro-batches, rows decoded together, checkpointing) is planned to fit `memory`.
 
-    The score is the reward head's plus `reward_fn`'s, weighted as in `config.reward`; a model built with
-    `with_reward=False` is scored by `reward_fn` alone. Raises `ConfigError` where nothing scores.
+    The score is the reward head's plus those of `reward_fn` and `config.reward.sources`, weighted as in
+    `config.reward`; a model built with `with_reward=False` has no reward head. Raises `ConfigError` where nothing
+    scores.
     """
     config = config or PPOConfig()
-    if "reward" not in model.table and reward_fn is None:
+    if "reward" not in model.table and reward_fn is None and not config.reward.sources:
         raise ConfigError("this model has no reward role (with_reward=False); give train_ppo a reward_fn")
     train = [as_prompt(prompt) for prompt in prompts]
     test = [as_prompt(prompt) for prompt in held_out]
@@ -97,17 +99,19 @@ def train_ppo(
     seen, _ = chat.tokenize_prompts(test)
     memory = memory or MemoryConfig()
     session = Session(memory=PhaseMemory(track_tensors=memory.track_tensors))
-    train_ppo_stage(
-        session,
-        model,
-        chat,
-        tokenized,
-        config,
-        seed=seed,
-        reward_fn=reward_fn,
-        held_out=HeldOut(prompts=seen, reward_fn=reward_fn) if seen else None,
-        limits=settle_ppo(recipe_of(model, memory, ppo=config), model, tokenized, None),
-    )
+    with open_sources(config.reward, reward_fn=reward_fn) as sources:
+        sources.prepare()
+        train_ppo_stage(
+            session,
+            model,
+            chat,
+            tokenized,
+            config,
+            seed=seed,
+            reward_fn=sources,
+            held_out=HeldOut(prompts=seen, reward_fn=sources) if seen else None,
+            limits=settle_ppo(recipe_of(model, memory, ppo=config), model, tokenized, None),
+        )
     return session.history
 
 

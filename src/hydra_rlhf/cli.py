@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra_rlhf.cli_bench import add_bench_command
+from hydra_rlhf.cli_evaluation import add_evaluation_commands, positive_int
 from hydra_rlhf.errors import ConfigError, HydraError
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {sys.modules['hydra_rlhf'].__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_recipe_commands(commands)
+    add_bench_command(commands, read_recipe=recipe_with_overrides, methods_named=methods_named)
+    add_evaluation_commands(commands)
     add_run_commands(commands)
     return parser
 
@@ -89,11 +93,6 @@ def add_recipe_commands(commands: Any) -> None:
 
 def add_run_commands(commands: Any) -> None:
     """Commands that read a finished run, and `data`."""
-    command = commands.add_parser("eval", help="held-out numbers of a run, with confidence intervals")
-    command.add_argument("run", type=Path, help="run folder")
-    command.add_argument("--checkpoint", choices=["last", "best"], default="last")
-    command.add_argument("--num-prompts", type=positive_int, default=None, help="held-out prompts (default: recipe)")
-    command.set_defaults(command=evaluate)
     command = commands.add_parser("report", help="write report.html and report.md of a run again")
     command.add_argument("run", type=Path, help="run folder")
     command.set_defaults(command=report)
@@ -118,14 +117,6 @@ def add_run_commands(commands: Any) -> None:
     check.set_defaults(command=data_check, takes_settings=True)
     formats = actions.add_parser("formats", help="the row formats that can be named in data.format")
     formats.set_defaults(command=data_formats)
-
-
-def positive_int(text: str) -> int:
-    """An integer above zero, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
 
 
 def run(args: argparse.Namespace) -> None:
@@ -180,16 +171,6 @@ def settings(args: argparse.Namespace) -> None:
     """`settings`: the recipe's fields as tyro shows them."""
     del args
     recipe_with_overrides(DEMO_RECIPE, ["--help"])
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    """`eval`: measure a run again; writes evaluation-<checkpoint>.json beside its summary."""
-    from hydra_rlhf.reporting.console import print_numbers
-    from hydra_rlhf.stages.finished import evaluate_again
-
-    numbers, file = evaluate_again(args.run, checkpoint=args.checkpoint, num_prompts=args.num_prompts)
-    print_numbers(numbers)
-    print(f"written to {file}")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -279,7 +260,9 @@ def recipe_with_overrides(source: "Path | Recipe", overrides: Sequence[str]) -> 
     if not overrides:
         return recipe
     try:
-        return tyro.cli(Recipe, prog="hydra-rlhf run RECIPE", default=recipe, args=list(overrides))
+        # Without subcommands a source that the recipe lists is changed as `--ppo.reward.sources.0.weight 2`.
+        plain = (tyro.conf.AvoidSubcommands,)
+        return tyro.cli(Recipe, prog="hydra-rlhf run RECIPE", default=recipe, args=list(overrides), config=plain)
     except ValidationError as error:
         raise ConfigError("\n".join(describe(problem) for problem in error.errors())) from error
 

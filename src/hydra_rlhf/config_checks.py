@@ -64,5 +64,8 @@ def check_ppo(config: "PPOConfig") -> None:
             f"ppo.sampling.min_response_tokens={config.sampling.min_response_tokens} is above "
             f"ppo.sampling.max_response_tokens={config.sampling.max_response_tokens}; lower it"
         )
-    if config.reward.reward_model_coef == 0 and config.reward.reward_fn is None:
-        raise ConfigError("ppo.reward.reward_model_coef=0 leaves no score at all; name a ppo.reward.reward_fn")
+    if config.reward.reward_model_coef == 0 and config.reward.reward_fn is None and not config.reward.sources:
+        raise ConfigError(
+            "ppo.reward.reward_model_coef=0 leaves no score at all; name a ppo.reward.reward_fn, or list some "
+            "ppo.reward.sources"
+        )

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, dataclasses
 
 from hydra_rlhf.config_checks import STRICT, Betas, Count, Finite, NonNegative, Positive, PositiveInt, Share, check_ppo
+from hydra_rlhf.config_rewards import Source, check_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -84,13 +85,20 @@ class RewardConfig:
     reward_fn_coef: Finite = 1.0
     """Weight of the reward function's scores."""
     reward_model_coef: Finite = 1.0
-    """Weight of the reward head's scores; 0 leaves the reward role out (needs `reward_fn`)."""
+    """Weight of the reward head's scores; 0 leaves the reward role out (needs `reward_fn` or `sources`)."""
+    sources: tuple[Source, ...] = ()
+    """Further sources of scores, each with a name, a kind and a weight; listed in a recipe only (docs/rewards.md)."""
+    max_failed_frac: Share = 0.25
+    """A step raises where more than this share of its responses could not be scored by every source."""
     clip: Positive | None = None
     """Scores are held in [-clip, clip] after normalisation; none = not clipped."""
     normalize: bool = False
     """Divide scores by their running standard deviation over the run (the mean is kept)."""
     missing_eos_penalty: Finite = 0.0
     """Subtracted from the score of a response that has no stop token."""
+
+    def __post_init__(self) -> None:
+        check_names(self.sources)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -107,6 +115,8 @@ class PPOConfig(OptimizerConfig):
     """Passes over each rollout."""
     minibatch_size: PositiveInt = 32
     """Sequences per optimizer step; must divide rollout_batch_size * samples_per_prompt."""
+    scoring: Literal["auto", "separate"] = "auto"
+    """`auto`: with one epoch and one minibatch actor and critic learn from the forward that scores; or always apart."""
     sampling: SamplingConfig = SamplingConfig()
     """How responses are drawn."""
     reward: RewardConfig = RewardConfig()

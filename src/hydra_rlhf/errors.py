@@ -43,6 +43,10 @@ class RewardFunctionError(HydraError):
     """A reward function raised, or returned something other than one finite number (or list) per response."""
 
 
+class JudgeError(HydraError):
+    """A judge of responses cannot be asked: its endpoint refuses every request, or nothing could be judged."""
+
+
 class Interrupted(HydraError):  # noqa: N818 (a request that was obeyed, not a mistake)
     """SIGINT or SIGTERM asked the run to stop; it left a checkpoint that `--resume` continues from."""
 

@@ -4,9 +4,9 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -66,19 +66,29 @@ def parse_recipe(content: Mapping[str, Any], *, source: str) -> Recipe:
         return TypeAdapter(Recipe).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise ConfigError(f"{source}:\n" + "\n".join(f"  {describe(problem)}" for problem in error.errors())) from error
+    except ConfigError as error:  # a check across settings
+        raise ConfigError(f"{source}: {error}") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: {error}; settings are strings, numbers, booleans, lists and mappings") from error
 
 
 def describe(problem: Mapping[str, Any]) -> str:
     """One line for one pydantic problem: the setting, the value, the way out."""
-    location = [str(part) for part in problem["loc"]]
+    # pydantic puts the kind of a list's entry after its index (`sources.0.length.target`); no setting is called so.
+    parts = problem["loc"]
+    location = [
+        str(part) for i, part in enumerate(parts) if not (isinstance(part, str) and _is_index(parts[i - 1 : i]))
+    ]
     name = ".".join(location)
     if problem["type"] == "unexpected_keyword_argument":
         near = nearest(name)
         return f"unknown setting {name}" + (f"; did you mean {near}?" if near else "")
     message = problem["msg"][:1].lower() + problem["msg"][1:]
     return f"{name}={problem['input']!r}: {message}"
+
+
+def _is_index(parts: Sequence[str | int]) -> bool:
+    return len(parts) == 1 and isinstance(parts[0], int)
 
 
 def nearest(name: str) -> str | None:
@@ -98,11 +108,18 @@ def setting_names(config: type, prefix: str = "") -> list[str]:
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):
         kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            assert isinstance(kind, type)
-            names += setting_names(kind, f"{prefix}{field.name}.")
+        for section in sections_in(kind):
+            names += setting_names(section, f"{prefix}{field.name}.")
         names.append(f"{prefix}{field.name}")
     return names
+
+
+def sections_in(kind: Any) -> list[type]:
+    """The config classes of a field: its own, or those that the entries of a list may have."""
+    if dataclasses.is_dataclass(kind):
+        assert isinstance(kind, type)
+        return [kind]
+    return [section for part in get_args(kind) for section in sections_in(part)]
 
 
 def recipe_differences(old: Any, new: Any, name: str = "") -> list[str]:

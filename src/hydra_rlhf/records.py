@@ -56,6 +56,8 @@ class PromptBatch:
     """Which of a prompt's several samples a row is; seeds its sampling."""
     texts: list[str]
     """The prompts as the model reads them, templates included."""
+    originals: list[Any]
+    """The prompts as the data has them: strings, or messages."""
     columns: dict[str, list[Any]]
     """Further columns of the dataset, handed to reward functions."""
 
@@ -65,6 +67,8 @@ class Responses:
     """Sampled responses joined to their prompts."""
 
     batch: TokenBatch
+    logprobs: Float[Tensor, "b r"]
+    """Log-prob of each response token as it was sampled, at the sampling temperature; 0 where masked."""
     texts: list[str]
     """The responses as text, without the stop token."""
     ended: Bool[Tensor, " b"]
@@ -88,7 +92,8 @@ class Rollout:
     ended: Bool[Tensor, " b"]
     """True where the response ends in a stop token."""
     logprobs: Float[Tensor, "b r"]
-    """Log-prob of each response token under the actor that sampled it, from the training path; 0 where masked."""
+    """Log-prob of each response token under the actor that sampled it; 0 where masked. From the training path where
+    the actor has scored the rollout, else from sampling."""
     ref_logprobs: Float[Tensor, "b r"]
     """The same under the reference."""
     values: Float[Tensor, "b r"]
@@ -96,9 +101,18 @@ class Rollout:
     entropy: Float[Tensor, "b r"]
     """Entropy in nats of the actor's distribution that response token t was drawn from; 0 where masked."""
     scores: Float[Tensor, " b"]
-    """Score of each response before shaping: reward head and reward function, weighted; only differences count."""
+    """Score of each response before shaping: all sources, weighted; only differences count. NaN where not `valid`."""
     dense_rewards: Float[Tensor, "b r"]
     """Per-token rewards of a reward function that returns lists; 0 elsewhere. Their sum is part of `scores`."""
+    valid: Bool[Tensor, " b"]
+    """False where a source failed whose failures are masked: such a row is no part of anything that is learned."""
+    source_scores: dict[str, Tensor]
+    """What each source (`head`, `reward_fn`, those of the recipe) says by itself, {name: [b]}; NaN where it failed."""
+
+    @property
+    def learn_mask(self) -> Bool[Tensor, "b r"]:
+        """True at response tokens that are learned from: those that count, of valid rows."""
+        return self.batch.response_mask & self.valid[:, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

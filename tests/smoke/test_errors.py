@@ -78,6 +78,23 @@ def without_run_folder(tmp_path: Path) -> bool:
         ("ppo.kl_in", "both", ("ppo.kl_in='both'", "'reward' or 'loss'")),
         ("method", "dpo", ("method='dpo'", "hydra-ppo")),
         ("model.dtype", "float16", ("model.dtype='float16'", "'float32' or 'bfloat16'")),
+        ("ppo.reward.sources", [{"name": "a", "kind": "lengths"}], ("ppo.reward.sources.0={", "'length', 'regex'")),
+        (
+            "ppo.reward.sources",
+            [{"name": "a", "kind": "length", "target": 3}, {"name": "b", "kind": "keywords", "wnated": ["c"]}],
+            ("unknown setting ppo.reward.sources.1.wnated", "did you mean ppo.reward.sources.wanted?"),
+        ),
+        ("ppo.reward.sources", [{"name": "A b", "kind": "length", "target": 3}], ("sources.0.name='A b'", "pattern")),
+        ("ppo.reward.sources", [{"name": "head", "kind": "length", "target": 3}], ("named 'head'", "is taken")),
+        ("ppo.reward.sources", [{"name": "a", "kind": "length"}], ("neither a target nor a maximum", "set one")),
+        ("ppo.reward.sources", [{"name": "a", "kind": "keywords"}], ("neither wanted nor unwanted", "name some")),
+        ("ppo.reward.sources", [{"name": "a", "kind": "regex", "pattern": "("}], ("pattern '('", "unterminated")),
+        (
+            "ppo.reward.sources",
+            [{"name": "a", "kind": "function", "function": "a:b", "timeout_s": 3}],
+            ("timeout_s=3", "isolate: true"),
+        ),
+        ("ppo.reward.sources", [{"name": "a", "kind": "http", "url": "http://u:p@x/"}], ("sources.0.url", "pattern")),
         ("ppo.reward.normalize", "yes please", ("ppo.reward.normalize='yes please'", "boolean")),
         ("ppo", 3, ("ppo=3", "object")),
         ("name", "runs/mine", ("name='runs/mine'", "pattern")),
@@ -171,6 +188,26 @@ def test_a_reward_function_that_is_not_there(name: str, named: str, refused: Ref
     error = refused("ConfigError", "run", "recipe.yaml")
     assert f"ppo.reward.reward_fn='{name}'" in error
     assert named in error
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ({"kind": "function", "function": "no_such_module:f"}, ("reward source 'mine'", "No module named")),
+        ({"kind": "function", "function": "no_such_module:f", "isolate": True}, ("isolated", "No module named")),
+        (
+            {"kind": "http", "url": "https://x/score", "token_env": "NO_SUCH_TOKEN"},
+            ("token_env=NO_SUCH_TOKEN", "set it"),
+        ),
+    ],
+)
+def test_a_source_that_cannot_be_opened(source: dict[str, Any], named: tuple[str, ...], refused: Refused) -> None:
+    write_recipe(Path("recipe.yaml"), ppo__reward__sources=[{"name": "mine", **source}])
+    error = refused("ConfigError", "run", "recipe.yaml")
+    for part in named:
+        assert part in error
+    assert not Path("runs").exists()
 
 
 def test_unknown_options_and_values_on_the_command_line(capfd: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,7 @@ def outputs(workplace: Path) -> dict[str, str]:
 
 
 def test_there_are_commands_for_every_kind_of_use() -> None:
-    assert {words[0] for words in COMMANDS} == {"data", "run", "sample", "eval", "report", "export", "plan"}
+    assert {words[0] for words in COMMANDS} == {"data", "run", "sample", "eval", "compare", "report", "export", "plan"}
     assert {words[1] for words in COMMANDS if words[0] == "run"} == set(SMALLER)
 
 
@@ -171,5 +171,5 @@ def test_the_command_itself(way: str, tmp_path: Path) -> None:
         argv = [str(script), "--help"]
     done = subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("run", "demo", "sample", "eval", "report", "export", "data"):
+    for name in ("run", "demo", "sample", "eval", "compare", "report", "export", "data"):
         assert re.search(rf"^    {name}\b", done.stdout, flags=re.M), name

@@ -48,6 +48,9 @@ SETTINGS: dict[str, Any] = {
 UNSTABLE = re.compile(r', "(?:(?:time|memory)/[a-z_]+|[a-z]+/[a-z_]+_per_s)": [^,}]+')
 """The only entries of metrics.jsonl that may differ between two runs of one recipe, with the comma before them."""
 
+SOURCE_METRIC = re.compile(r"^reward/[a-z0-9_]+_(mean|std|failed)$")
+"""A metric of one reward source; its name stands before the last word."""
+
 
 def settings(**changes: Any) -> dict[str, Any]:
     """The tiny settings with changes; dots are written as two underscores (`ppo__num_steps=3`)."""
@@ -120,5 +123,6 @@ def stable_text(folder: Path) -> str:
 
 
 def keys_of(folder: Path) -> set[str]:
-    """Every metric key in metrics.jsonl."""
-    return {key for line in metric_lines(folder) for key in line} - {"stage", "step"}
+    """Every metric key in metrics.jsonl, those of a reward source under the name that the documents use."""
+    keys = {key for line in metric_lines(folder) for key in line} - {"stage", "step"}
+    return {SOURCE_METRIC.sub(r"reward/NAME_\1", key) for key in keys}

@@ -251,7 +251,7 @@ def test_demonstrations_and_prompts(scratch):
     assert tokenized == [TokenizedDemonstration([1, x], [one, EOS]), TokenizedDemonstration([1, x, y], [one, one])]
     assert counts == CutCounts(prompt_tokens_cut=1, response_tokens_cut=1)
     prompts, counts = chat.tokenize_prompts([Prompt("x", {"id": 7}), Prompt("yxy")])
-    assert prompts == [TokenizedPrompt([1, x], "x", {"id": 7}), TokenizedPrompt([1, x, y], "xy", {})]
+    assert prompts == [TokenizedPrompt([1, x], "x", {"id": 7}, "x"), TokenizedPrompt([1, x, y], "xy", {}, "yxy")]
     assert counts == CutCounts(prompt_tokens_cut=1)
 
 

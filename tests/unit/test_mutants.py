@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-ALGORITHMS = ("masking", "kl", "rewards", "advantages", "losses")
+ALGORITHMS = ("masking", "kl", "rewards", "advantages", "losses", "rule_rewards")
 MIN_MUTANTS = 5
 
 
@@ -99,6 +99,6 @@ def test_every_function_has_mutants():
         module = importlib.import_module(f"hydra_rlhf.algorithms.{name}")
         functions = inspect.getmembers(module, inspect.isfunction)
         required |= {(name, key) for key, f in functions if not key.startswith("_") and f.__module__ == module.__name__}
-    assert len(required) == 15
+    assert len(required) == 19
     required |= {(name, key) for name in mutants.PACKAGES for key in mutants.TABLES[name]}
     assert {key: counts[key] for key in required if counts[key] < MIN_MUTANTS} == {}

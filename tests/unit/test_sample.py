@@ -64,21 +64,26 @@ def test_draws_invert_the_cumulative_distribution():
 @pytest.mark.parametrize("num_rows_per_tile", [1, 3, 16, 1000])
 def test_tiles_draw_what_all_rows_at_once_draw(config, num_rows_per_tile):
     head, states, uniforms = head_and_states(40)
-    expected = plain_draw(head.logits(states), uniforms, config)
+    logits = head.logits(states)
+    expected = plain_draw(logits, uniforms, config)
     tile_bytes = num_rows_per_tile * VOCAB * sample.DRAW_BYTES
     nothing = torch.tensor([], dtype=torch.long)
-    drawn = sample.draw_in_tiles(head, states, uniforms, config, forbidden=nothing, tile_bytes=tile_bytes)
+    drawn, logprobs = sample.draw_in_tiles(head, states, uniforms, config, forbidden=nothing, tile_bytes=tile_bytes)
     assert drawn.tolist() == expected.tolist()
+    everything = (logits / config.temperature).double().log_softmax(-1)  # of all tokens: not of those left to draw from
+    assert_close(logprobs.double(), everything.gather(1, drawn[:, None]).squeeze(1), atol=1e-5, rtol=0)
     assert len(set(drawn.tolist())) > 3
 
 
 def test_forbidden_ids_are_never_drawn():
     head, states, uniforms = head_and_states(40)
-    everything = sample.draw_in_tiles(
+    everything, _ = sample.draw_in_tiles(
         head, states, uniforms, PLAIN, forbidden=torch.tensor([], dtype=torch.long), tile_bytes=10**6
     )
     likely = torch.tensor(everything.unique().tolist()[:3])
-    drawn = sample.draw_in_tiles(head, states, uniforms, PLAIN, forbidden=likely, tile_bytes=900)
+    drawn, logprobs = sample.draw_in_tiles(head, states, uniforms, PLAIN, forbidden=likely, tile_bytes=900)
+    everything_else = head.logits(states).log_softmax(-1).gather(1, drawn[:, None]).squeeze(1)
+    assert_close(logprobs, everything_else, atol=1e-5, rtol=0)  # training masks no token
     assert not torch.isin(drawn, likely).any()
     assert torch.isin(everything, likely).any()
 

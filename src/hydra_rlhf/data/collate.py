@@ -33,6 +33,7 @@ def left_pad_prompts(
         prompt_index=torch.tensor([index for index in prompt_index for _ in range(samples_per_prompt)]),
         sample_index=torch.arange(samples_per_prompt).repeat(len(prompts)),
         texts=[prompt.text for prompt in repeated],
+        originals=[prompt.text if prompt.original is None else prompt.original for prompt in repeated],
         columns={name: [prompt.columns.get(name) for prompt in repeated] for name in names},
     )
 

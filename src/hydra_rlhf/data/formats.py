@@ -65,6 +65,8 @@ class TokenizedPrompt:
     """The prompt as the model reads it: with its template, and cut where the ids were."""
     columns: dict[str, Any] = field(default_factory=dict)
     """The row's further fields."""
+    original: PromptValue | None = None
+    """The prompt as the data has it; None = `text`."""
 
 
 @dataclass(slots=True)
@@ -189,7 +191,7 @@ class ChatFormat:
             ids, cut = self.encode_prompt(row.prompt)
             counts.prompt_tokens_cut += cut
             text = self._cut_text(ids) if cut else self.render_prompt(row.prompt)
-            tokenized.append(TokenizedPrompt(ids, text, row.columns))
+            tokenized.append(TokenizedPrompt(ids, text, row.columns, row.prompt))
         return tokenized, counts
 
     def _cut_text(self, ids: list[int]) -> str:

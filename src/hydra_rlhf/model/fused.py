@@ -21,6 +21,23 @@ def weight_of(linear: nn.Module) -> Float[Tensor, "o i"]:
     return weight if isinstance(linear, nn.Linear) else weight.T
 
 
+MAX_DECODED_ROWS = 128
+"""Up to here a decode step's products are turned round."""
+
+
+def frozen_output(linear: nn.Module, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+    """W x + b. In a decode step on the CPU, one token for each of a few rows, it is computed as (W x^T)^T.
+
+    Reading W once is all that step costs, and the usual order of a product with so few rows reads it slowly: 62 ms
+    against 44 ms for the linears of a 135M model at 16 rows (float32, two cores), 87 against 60 at 32.
+    """
+    decodes = x.dim() == 3 and x.shape[1] == 1 and 1 < len(x) <= MAX_DECODED_ROWS and x.device.type == "cpu"
+    if not decodes or type(linear) is not nn.Linear or torch.is_grad_enabled():
+        return linear(x)
+    output = torch.mm(linear.weight, x[:, 0].T).T.contiguous()
+    return (output if linear.bias is None else output.add_(linear.bias))[:, None]
+
+
 def rows(x: Float[Tensor, "*n d"]) -> Float[Tensor, "m d"]:
     """All leading dimensions as one: 2-D products take the fast path everywhere."""
     return x.reshape(-1, x.shape[-1])
@@ -66,7 +83,7 @@ class LoraUp(torch.autograd.Function):
         ctx.linear, ctx.scales = linear, scales
         ctx.save_for_backward(*us_and_Bs)
         ctx.x_shape = x.shape
-        return add_updates(linear(x), scales, us_and_Bs)
+        return add_updates(frozen_output(linear, x), scales, us_and_Bs)
 
     @staticmethod
     @once_differentiable
@@ -120,7 +137,7 @@ class GatedDown(torch.autograd.Function):
         As, Bs = As_and_Bs[: len(scales)], As_and_Bs[len(scales) :]
         us = products(h, As)
         ctx.save_for_backward(gate, up, *us, *As_and_Bs)
-        return add_updates(linear(h), scales, [*us, *Bs])
+        return add_updates(frozen_output(linear, h), scales, [*us, *Bs])
 
     @staticmethod
     @once_differentiable

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hydra_rlhf.model.heads import LMHead
+from hydra_rlhf.model.swept_logprobs import one_sweep_will_do, swept_logprobs
 from hydra_rlhf.model.tiled_logprobs import tiled_logprobs
 from hydra_rlhf.records import TokenBatch
 
@@ -69,6 +70,8 @@ def token_logprobs(
     fits = num_bytes <= tile_bytes and head.weight.dtype in (torch.float32, torch.float64)
     if fits:
         return direct_logprobs(head, states, targets, temperature=temperature, entropy_gradient=entropy_gradient)
+    if one_sweep_will_do(head, states, entropy_gradient=entropy_gradient):
+        return swept_logprobs(head, states, targets, temperature=temperature, tile_bytes=tile_bytes)
     return tiled_logprobs(
         head, states, targets, temperature=temperature, entropy_gradient=entropy_gradient, tile_bytes=tile_bytes
     )

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hydra_rlhf.errors import ConfigError
-from hydra_rlhf.model.fused import LoraDown, LoraUp
+from hydra_rlhf.model.fused import LoraDown, LoraUp, frozen_output
 from hydra_rlhf.model.quantized import QuantizedLinear
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -132,7 +132,7 @@ class LoraLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """[*n, in_features] -> [*n, out_features] with the adapters in use now."""
         if not self.switch.stack:
-            return self.linear(x)
+            return frozen_output(self.linear, x)
         _, Bs, scales = self.updates()
         return LoraUp.apply(x, self.linear, scales, *self.shared.down(self, x), *Bs)
 

@@ -69,10 +69,13 @@ class RunningSoftmax:
         """A view of some rows: folding into it folds into this one."""
         return RunningSoftmax(self.peak[tokens], self.total[tokens], self.weighted[tokens], self.target_logit[tokens])
 
-    def fold_(self, tile: Float[Tensor, "n c"], targets: Int[Tensor, " n"], shaping: LogitShaping) -> None:
+    def fold_(
+        self, tile: Float[Tensor, "n c"], targets: Int[Tensor, " n"], shaping: LogitShaping
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:
         """Fold in the columns of one tile of products, which is overwritten.
 
-        `targets` count from the tile's first column; those outside of it are elsewhere in the vocabulary.
+        `targets` count from the tile's first column; those outside of it are elsewhere in the vocabulary. Returns by
+        what each row's earlier sums have shrunk, and exp(x - peak) of the tile.
         """
         shaping.apply_(tile)
         inside, column = locate(targets, tile.shape[1])
@@ -84,8 +87,9 @@ class RunningSoftmax:
         exponentials = tile.exp()
         self.weighted.addcmul_(shift, self.total).mul_(shrink)
         self.total.mul_(shrink).add_(exponentials.sum(dim=1))
-        self.weighted.add_(exponentials.mul_(tile).sum(dim=1))
+        self.weighted.add_(tile.mul_(exponentials).sum(dim=1))
         self.peak.copy_(peak)
+        return shrink, exponentials
 
     def logprobs(self) -> Float[Tensor, " n"]:
         """Log-prob of each target, once every column is folded in."""

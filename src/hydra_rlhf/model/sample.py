@@ -21,7 +21,7 @@ from hydra_rlhf.model.trunk import Trunk
 COMPACT_BELOW = 0.75
 """Finished rows leave the batch when fewer than this share of its rows still run."""
 DRAW_BYTES = 16
-"""Bytes per logit of the two float64 copies that live at once while tokens are drawn."""
+"""Bytes per logit while tokens are drawn: logits and exponentials in float32, their running sum in float64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,8 @@ class SampledTokens:
     """`pad_id` where masked."""
     mask: Bool[Tensor, "b r"]
     """True at sampled tokens, the stop token included."""
+    logprobs: Float[Tensor, "b r"]
+    """Log-prob of each token at the sampling temperature, before top-k and top-p; 0 where masked."""
     ended: Bool[Tensor, " b"]
     """True where the response ends in a stop token."""
 
@@ -58,6 +60,7 @@ def sample_tokens(
     stops = torch.tensor(stop_ids, device=prompts.device)
     tokens = torch.full((num_rows, limit), pad_id, device=prompts.device)
     mask = torch.zeros((num_rows, limit), dtype=torch.bool, device=prompts.device)
+    logprobs = torch.zeros((num_rows, limit), dtype=wide(trunk.dtype), device=prompts.device)
     ended = torch.zeros(num_rows, dtype=torch.bool, device=prompts.device)
     rows = torch.arange(num_rows, device=prompts.device)
     cache, attention = PreallocatedCache(prompts.shape[1] + limit), prompt_mask
@@ -66,10 +69,13 @@ def sample_tokens(
     head = trunk.lm_head
     for t in range(limit):
         forbidden = stops if t + 1 < config.min_response_tokens else stops[:0]
-        drawn = draw_in_tiles(head, states, uniforms[rows, t], config, forbidden=forbidden, tile_bytes=tile_bytes)
+        drawn, drawn_logprobs = draw_in_tiles(
+            head, states, uniforms[rows, t], config, forbidden=forbidden, tile_bytes=tile_bytes
+        )
         running = ~ended[rows]
         mask[rows, t] = running
         tokens[rows, t] = torch.where(running, drawn, pad_id)
+        logprobs[rows, t] = torch.where(running, drawn_logprobs, 0.0)
         ended[rows] |= torch.isin(drawn, stops)
         running = ~ended[rows]
         num_running = int(running.sum())
@@ -84,7 +90,12 @@ def sample_tokens(
         attention = torch.cat([attention, mask_column], dim=1)
         states = trunk.hidden_states(drawn[:, None], attention, adapter=adapter, cache=cache)[:, -1]
     width = int(mask.sum(dim=1).max())
-    return SampledTokens(tokens=tokens[:, :width], mask=mask[:, :width], ended=ended)
+    return SampledTokens(tokens=tokens[:, :width], mask=mask[:, :width], logprobs=logprobs[:, :width], ended=ended)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """At least float32: what log-probs are kept in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def draw_in_tiles(
@@ -95,22 +106,33 @@ def draw_in_tiles(
     *,
     forbidden: Int[Tensor, " k"],
     tile_bytes: int,
-) -> Int[Tensor, " b"]:
-    """One token per row, none of the `forbidden` ids; logits of so many rows at a time that a tile holds their draw."""
+) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
+    """One token per row, none of the `forbidden` ids, and its log-prob as training would have it: of all tokens.
+
+    Logits live of so many rows at a time that a tile holds their draw.
+    """
     size = max(1, tile_bytes // (DRAW_BYTES * len(head.weight)))
-    tiles: list[Tensor] = []
+    tokens: list[Tensor] = []
+    logprobs: list[Tensor] = []
     for start in range(0, len(states), size):
         logits = head.logits(states[start : start + size])
+        if config.temperature != 1.0:
+            logits /= config.temperature
+        log_normaliser = logits.logsumexp(dim=-1)
         logits[:, forbidden] = -torch.inf
-        tiles.append(draw(logits, uniforms[start : start + size], config))
-    return torch.cat(tiles)
+        tokens.append(draw(logits, uniforms[start : start + size], config))
+        logprobs.append(logits.gather(1, tokens[-1][:, None]).squeeze(1) - log_normaliser)
+    return torch.cat(tokens), torch.cat(logprobs)
 
 
 def draw(logits: Float[Tensor, "b v"], uniforms: Float[Tensor, " b"], config: SamplingConfig) -> Int[Tensor, " b"]:
-    """One token per row by inverting the cumulative distribution at the row's uniform number."""
-    if config.temperature != 1.0:
-        logits = logits / config.temperature
-    cumulative = restrict(logits, config).double().softmax(dim=-1).cumsum_(dim=-1)
+    """One token per row by inverting the cumulative distribution at the row's uniform number.
+
+    `logits` are at the sampling temperature already. Exponentials are float32; only their sum needs more.
+    """
+    kept = restrict(logits, config)
+    weights = (kept - kept.amax(dim=-1, keepdim=True)).exp_()
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     if not bool(cumulative[:, -1].isfinite().all()):
         raise NonFiniteError("the model's logits are not finite, so nothing can be sampled; its weights are damaged")
     at = uniforms.double()[:, None] * cumulative[:, -1:]

@@ -6,8 +6,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
 from hydra_rlhf.config import ModelConfig
 from hydra_rlhf.errors import ModelError
@@ -22,10 +24,14 @@ from hydra_rlhf.model.load import (
     to_dtype,
     without_dropout,
 )
+from hydra_rlhf.model.lora import find_linears
+from hydra_rlhf.model.quantized import QuantizedLinear, can_pack
 from hydra_rlhf.model.trunk import Trunk, text_config
 from hydra_rlhf.runtime.meta_ops import MetaBytes
 
 SHAPE = "shape:"
+RANDOM_STD = 0.02
+"""Of random weights that are packed at once; those of other tensors are the family's own."""
 
 
 def llama(
@@ -65,6 +71,16 @@ SHAPES: Mapping[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2"},
 }
 """Published shapes of well-known models; `plan` and `bench` take them as `shape:NAME` where no config is at hand."""
+ALIASES: Mapping[str, str] = {
+    "llama-7b": "llama-2-7b",
+    "llama-13b": "llama-2-13b",
+    "llama-8b": "llama-3-8b",
+    "llama-1b": "llama-3.2-1b",
+    "llama-3b": "llama-3.2-3b",
+    "smollm-135m": "smollm2-135m",
+    "smollm-360m": "smollm2-360m",
+}
+"""Other names of these shapes."""
 
 
 def find_config(config: ModelConfig) -> PretrainedConfig:
@@ -76,7 +92,8 @@ def find_config(config: ModelConfig) -> PretrainedConfig:
     if path.startswith("scratch:") and (shape := SCRATCH_SHAPES.get(path.removeprefix("scratch:"))):
         known = {"model_type": "llama", "vocab_size": config.scratch_vocab_size, "tie_word_embeddings": True, **shape}
     elif path.startswith(SHAPE):
-        known = SHAPES.get(path.removeprefix(SHAPE))
+        name = path.removeprefix(SHAPE)
+        known = SHAPES.get(ALIASES.get(name, name))
     else:
         try:
             return AutoConfig.from_pretrained(
@@ -147,12 +164,48 @@ def layer_period(trunk: Trunk) -> int:
 
 
 def random_trunk(config: PretrainedConfig, model: ModelConfig) -> Trunk:
-    """The model of a config with random weights, for measuring: sizes matter, numbers do not."""
-    with torch.random.fork_rng(devices=[]):
+    """The model of a config with random weights, for measuring: sizes matter, numbers do not.
+
+    Every tensor is made where it stays, in the dtype it keeps; of packed linears one at a time exists unpacked.
+    """
+    device, dtype = pick_device(model.device), DTYPES[model.dtype]
+    options = {"attn_implementation": attention_implementation(config), "dtype": dtype}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        built = AutoModelForCausalLM.from_config(config, attn_implementation=attention_implementation(config))
-    trunk = Trunk(to_dtype(built, DTYPES[model.dtype]))
-    device = pick_device(model.device)
-    if model.quantization != "none":
-        quantize_linears(trunk, model.quantization, device=device)
-    return trunk.to(device)
+        if model.quantization == "none":
+            with device:
+                built = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            with torch.device("meta"):
+                built = AutoModelForCausalLM.from_config(config, **options)
+            pack_random_linears(built.base_model, model.quantization, device)
+            materialise(built, device)
+    return Trunk(to_dtype(built, dtype))
+
+
+@torch.no_grad()
+def pack_random_linears(decoder: nn.Module, format: str, device: torch.device) -> None:
+    """Give a decoder on the meta device packed linears with random weights on `device`, made one after the other."""
+    for path in list(find_linears(decoder, ("all-linear",))):  # a list of names keeps no linear alive
+        linear = decoder.get_submodule(path)
+        if not can_pack(linear):
+            continue
+        linear.to_empty(device=device)
+        for parameter in linear.parameters():
+            parameter.normal_(std=RANDOM_STD)
+        decoder.set_submodule(path, QuantizedLinear.from_linear(linear, format))
+
+
+def materialise(model: PreTrainedModel, device: torch.device) -> None:
+    """Put what is on the meta device on `device`, with the family's own initial numbers; what is tied stays tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+                setattr(module, name, made[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device=device))
+    model.initialize_weights()

@@ -76,6 +76,11 @@ def product(a: Float[Tensor, "i k"], b: Float[Tensor, "k j"]) -> Float[Tensor, "
     return torch.mm(a.to(wide), b.to(wide))
 
 
+def widened(weight: Float[Tensor, "c h"]) -> Float[Tensor, "c h"]:
+    """A part of the head as `product` wants it: float32 at least on the CPU, made once for all tiles that read it."""
+    return weight if weight.is_cuda else weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
 def add_product_(total: Float[Tensor, "i j"], a: Float[Tensor, "i k"], b: Float[Tensor, "k j"]) -> None:
     """total += a @ b, summed in total's dtype: float32 at least."""
     if b.dtype == total.dtype:
@@ -84,7 +89,7 @@ def add_product_(total: Float[Tensor, "i j"], a: Float[Tensor, "i k"], b: Float[
         total.add_(product(a, b))
 
 
-def fold_for(tile: Tensor) -> Callable[[RunningSoftmax, Tensor, Tensor, LogitShaping], None]:
+def fold_for(tile: Tensor) -> Callable[[RunningSoftmax, Tensor, Tensor, LogitShaping], Any]:
     """How a tile is folded in: by the Triton kernel on CUDA where Triton works, else in plain torch."""
     if tile.is_cuda and tile.dtype == torch.float32 and find_spec("triton") is not None:
         from hydra_rlhf.model.triton_fold import fold_in_one_read, works_on
@@ -116,10 +121,11 @@ class TiledLogprobs(torch.autograd.Function):
         wide = torch.promote_types(weight.dtype, torch.float32)
         softmax = RunningSoftmax.empty(len(targets), dtype=wide, device=states.device)
         for vocabulary in spans(len(weight), shape[1]):
+            columns = widened(weight[vocabulary])
             for tokens in spans(len(targets), shape[0]):
                 fold_tile(
                     states[tokens],
-                    weight[vocabulary],
+                    columns,
                     None if bias is None else bias[vocabulary],
                     targets[tokens] - vocabulary.start,
                     softmax.rows(tokens),
@@ -149,11 +155,12 @@ class TiledLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         into_bias = weight.new_zeros(len(weight), dtype=wide) if wants_bias else None
         for vocabulary in spans(len(weight), shape[1]):
+            columns = widened(weight[vocabulary])
             into_weight = None if grad_weight is None else grad_weight[vocabulary].to(wide)  # a view where it is wide
             for tokens in spans(len(targets), shape[0]):
                 unfold_tile(
                     states[tokens],
-                    weight[vocabulary],
+                    columns,
                     None if bias is None else bias[vocabulary],
                     targets[tokens] - vocabulary.start,
                     softmax.rows(tokens),

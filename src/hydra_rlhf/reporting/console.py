@@ -45,9 +45,16 @@ def print_numbers(numbers: Mapping[str, Any]) -> None:
     """Every number of an evaluation, one a line."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in numbers.items():
-        if value is not None:
+        if value is not None and not is_nested(value):
             table.add_row(name, _plain(value))
     Console(highlight=False).print(table)
+
+
+def is_nested(value: Any) -> bool:
+    """Whether a value is a table of its own, which one line does not hold."""
+    return isinstance(value, dict) or (
+        isinstance(value, list) and any(isinstance(entry, dict | str) for entry in value)
+    )
 
 
 def printable(text: str) -> str:

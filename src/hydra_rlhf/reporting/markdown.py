@@ -31,13 +31,18 @@ MEMORY_TABLES = (planned_table, decisions_table, options_table, memory_table, me
 
 def render_markdown(record: RunRecord) -> str:
     """The whole `report.md`."""
-    parts = [f"# {_inline(record.name)}", _subtitle(record)]
+    parts = [f"# {as_inline(record.name)}", _subtitle(record)]
     parts += [_card_list(found)] if (found := cards(record)) else []
     if warnings := find_problems(record):
-        lines = [f"- **{_inline(w.title)}.** {_inline(w.text)} *What to do:* {_inline(w.remedy)}" for w in warnings]
+        lines = [
+            f"- **{as_inline(w.title)}.** {as_inline(w.text)} *What to do:* {as_inline(w.remedy)}" for w in warnings
+        ]
         parts += ["## Warnings", "\n".join(lines)]
     if record.problems:
-        parts += ["## Files that could not be read", "\n".join(f"- {_inline(problem)}" for problem in record.problems)]
+        parts += [
+            "## Files that could not be read",
+            "\n".join(f"- {as_inline(problem)}" for problem in record.problems),
+        ]
     for title, tables in (
         ("What was run", (roles_table(record), stages_table(record))),
         ("Memory", tuple(table(record) for table in MEMORY_TABLES)),
@@ -46,14 +51,14 @@ def render_markdown(record: RunRecord) -> str:
     ):
         found_tables = [table for table in tables if table is not None]
         parts += [f"## {title}"] if found_tables else []
-        parts += [_table(table) for table in found_tables]
+        parts += [as_table(table) for table in found_tables]
         if title == "What was run" and (samples := record.comparison()):
             parts += [
                 "## Samples",
                 *(_sample(number, sample) for number, sample in enumerate(samples[:NUM_SAMPLES], 1)),
             ]
     if record.recipe_text is not None:
-        parts += ["## Settings", _block(record.recipe_text.rstrip("\n"), "yaml")]
+        parts += ["## Settings", as_block(record.recipe_text.rstrip("\n"), "yaml")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -65,27 +70,29 @@ def _subtitle(record: RunRecord) -> str:
     ]
     state = "finished" if record.finished else "not finished: these are the numbers so far"
     return (
-        " · ".join(_inline(str(fact)) for fact in (*facts, state) if fact) + " · curves and all samples: `report.html`"
+        " · ".join(as_inline(str(fact)) for fact in (*facts, state) if fact)
+        + " · curves and all samples: `report.html`"
     )
 
 
 def _card_list(found: list[Card]) -> str:
     rows = tuple((card.label, f"{card.value} {card.unit}".strip(), card.detail) for card in found)
-    return _table(Table(title="", columns=("", "Value", "Beside it"), rows=rows, numeric=False))
+    return as_table(Table(title="", columns=("", "Value", "Beside it"), rows=rows, numeric=False))
 
 
-def _table(table: Table) -> str:
+def as_table(table: Table) -> str:
+    """A table in Markdown."""
     rule = ["---", *("---:" if table.numeric else "---" for _ in table.columns[1:])]
     rows = [
-        [f"**{cell}**" if index in table.marked and cell else cell for cell in map(_inline, row)]
+        [f"**{cell}**" if index in table.marked and cell else cell for cell in map(as_inline, row)]
         for index, row in enumerate(table.rows)
     ]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (map(_inline, table.columns), rule, *rows)]
-    return "\n".join(([f"**{_inline(table.title)}**", ""] if table.title else []) + lines)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (map(as_inline, table.columns), rule, *rows)]
+    return "\n".join(([f"**{as_inline(table.title)}**", ""] if table.title else []) + lines)
 
 
 def _sample(number: int, sample: Sample) -> str:
-    parts = [f"### {number}", "Prompt", _block(sample.prompt)]
+    parts = [f"### {number}", "Prompt", as_block(sample.prompt)]
     for who, text, score, gold in (
         ("Reference", sample.reference_response, sample.reference_score, sample.reference_gold),
         ("Actor", sample.response, sample.score, sample.gold),
@@ -96,16 +103,16 @@ def _sample(number: int, sample: Sample) -> str:
                 for name, value in (("score", score), ("gold", gold))
                 if value is not None
             ]
-            parts += [", ".join([who, *numbers]), _block(text)]
+            parts += [", ".join([who, *numbers]), as_block(text)]
     return "\n\n".join(parts)
 
 
-def _inline(text: str) -> str:
+def as_inline(text: str) -> str:
     """Text on one line of Markdown, in which nothing is markup or ends a table cell."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text.replace("\r", " ").replace("\n", " "))
 
 
-def _block(text: str, language: str = "") -> str:
+def as_block(text: str, language: str = "") -> str:
     """A fenced block, with a fence longer than any in the text; long texts are cut with a note."""
     shown = text if language or len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS]
     longest = max((len(run) for run in re.findall(r"`{3,}", shown)), default=2)

@@ -67,7 +67,7 @@ def render_report(run_folder: Path) -> Path:
 
 def render_html(record: RunRecord) -> str:
     """The page as one string; equal records give equal bytes."""
-    environment = _templates()
+    environment = templates()
     script = environment.get_template("report.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     samples = list(_within_budget(record.comparison()))
@@ -102,7 +102,8 @@ def render_html(record: RunRecord) -> str:
     )
 
 
-def _templates() -> "Environment":
+def templates() -> "Environment":
+    """The pages' templates and what they may call."""
     import jinja2
 
     environment = jinja2.Environment(

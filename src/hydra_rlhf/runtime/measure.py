@@ -62,7 +62,8 @@ class PhaseMemory:
     """
 
     def __init__(self, *, track_tensors: bool = False) -> None:
-        self._track_tensors = track_tensors
+        self.track_tensors = track_tensors
+        """May be set between phases."""
         self._phases: dict[str, dict[str, int]] = {}
         self._current: str | None = None
 
@@ -73,7 +74,7 @@ class PhaseMemory:
         self._current = name
         for device in _cuda_devices():
             torch.cuda.reset_peak_memory_stats(device)
-        watch = TensorBytes("cuda" if _cuda_devices() else "cpu") if self._track_tensors else None
+        watch = TensorBytes("cuda" if _cuda_devices() else "cpu") if self.track_tensors else None
         try:
             if watch is not None:
                 watch.hold_existing()

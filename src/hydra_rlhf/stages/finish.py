@@ -1,6 +1,7 @@
 """What a run ends with: the trained policy in formats others load, and the before/after numbers."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,21 @@ from hydra_rlhf.config import Recipe
 from hydra_rlhf.data.check import longer_wins
 from hydra_rlhf.data.formats import ChatFormat
 from hydra_rlhf.errors import CheckpointError
-from hydra_rlhf.evaluation.generations import compare_with_reference
-from hydra_rlhf.evaluation.preferences import evaluate_preferences
+from hydra_rlhf.evaluation.generations import compare_with_reference, respond_with_both
+from hydra_rlhf.evaluation.preferences import read_pairs, reward_numbers
 from hydra_rlhf.evaluation.statistics import win_rate
 from hydra_rlhf.memory.count import BaseSizes, count_all
 from hydra_rlhf.memory.sizes import sizes_of
 from hydra_rlhf.model.export import save_peft_adapter, save_scalar_head
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.roles import TRAINABLE_ROLES
+from hydra_rlhf.records import Rollout
 from hydra_rlhf.runtime.measure import peak_rss_bytes
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.datasets import Datasets, RawData, prompt_texts
 from hydra_rlhf.stages.limits import StageLimits
-from hydra_rlhf.stages.reward_fn import RewardFunction
+from hydra_rlhf.stages.ppo_state import moments_of
+from hydra_rlhf.stages.scoring.reward_sources import Scoring, SourceMoments, with_moments
 from hydra_rlhf.stages.session import Session
 from hydra_rlhf.stages.settle import PLAN_FILE, plan_every_method
 
@@ -50,7 +53,7 @@ def evaluate_run(
     data: Datasets,
     raw: RawData,
     *,
-    reward_fn: RewardFunction | None,
+    reward_fn: Scoring | None,
 ) -> None:
     """Measure a finished PPO on held-out data; writes summary.json, memory.json and samples, and marks the stage.
 
@@ -58,9 +61,9 @@ def evaluate_run(
     """
     recipe = run.recipe
     session.begin("evaluation")
-    step, checkpoint, limits = load_trained(run, model, recipe.evaluation.checkpoint)
+    step, checkpoint, limits, moments = load_trained(run, model, recipe.evaluation.checkpoint)
     with session.memory.phase("evaluation"):
-        summary, samples = measure(
+        measured = measure(
             recipe,
             model,
             chat,
@@ -68,11 +71,12 @@ def evaluate_run(
             raw,
             checkpoint=checkpoint,
             num_prompts=recipe.evaluation.num_prompts,
-            reward_fn=reward_fn,
+            reward_fn=with_moments(reward_fn, moments),
             limits=limits,
             after_token=session.stop.check,
         )
-    for sample in samples:
+    summary = measured.summary
+    for sample in measured.samples:
         session.log_sample({"stage": "evaluation", "step": step, "kind": "evaluation", **sample})
     session.log("evaluation", step, {"eval/score": summary["score_mean"], "eval/kl": summary["kl"]})
     run.write_json("summary.json", summary)
@@ -81,6 +85,20 @@ def evaluate_run(
     planned = plan_every_method(recipe, model, decided)
     run.write_json("memory.json", counted | {"plan": planned, "decisions": decided})
     run.finish_stage("evaluation")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What an evaluation found."""
+
+    summary: dict[str, Any]
+    """The numbers of summary.json."""
+    samples: list[dict[str, Any]]
+    """Pairs of responses to be shown."""
+    actor: Rollout
+    """The actor's responses to the held-out prompts."""
+    reference: Rollout
+    """The reference's responses to the same."""
 
 
 def measure(
@@ -92,24 +110,26 @@ def measure(
     *,
     checkpoint: str,
     num_prompts: int,
-    reward_fn: RewardFunction | None,
+    reward_fn: Scoring | None,
     limits: StageLimits,
     after_token: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(numbers of summary.json, samples): the fit of the LoRA-off roles, and actor against reference."""
+) -> Measurement:
+    """The numbers of summary.json, samples, and the responses they are of: the fit of the LoRA-off roles, and actor
+    against reference."""
     roles = [role for role in ("reference", "reward") if role in model.table]
-    fit = evaluate_preferences(model, data.test_pairs, roles, limits=limits)
-    numbers, samples = compare_with_reference(
+    fit = read_pairs(model, data.test_pairs, roles, limits=limits)
+    actor, reference = respond_with_both(
         model,
         chat,
         data.test_prompts[:num_prompts],
         recipe.ppo,
         seed=recipe.seed,
         reward_fn=reward_fn,
-        gold=raw.gold,
-        num_samples=recipe.evaluation.num_samples,
         limits=limits,
         after_token=after_token,
+    )
+    numbers, samples = compare_with_reference(
+        actor, reference, gold=raw.gold, num_samples=recipe.evaluation.num_samples, seed=recipe.seed
     )
     summary = {
         "name": recipe.name,
@@ -117,18 +137,19 @@ def measure(
         "seed": recipe.seed,
         "checkpoint": checkpoint,
         **numbers,
-        "perplexity": fit["eval/perplexity"],
+        "perplexity": fit.perplexity,
         "longer_wins_accuracy": longer_wins(raw.test.rows),
         "gold_accuracy": gold_accuracy(raw),
-        "reward_accuracy": fit.get("eval/pair_accuracy"),
-        "calibration_error": fit.get("eval/calibration_error"),
+        "reward_accuracy": None,
+        "calibration_error": None,
+        **({} if fit.margins is None else reward_numbers(fit.margins, seed=recipe.seed)),
     }
-    return summary, samples
+    return Measurement(summary=summary, samples=samples, actor=actor, reference=reference)
 
 
-def load_trained(run: Run, model: HydraModel, which: str) -> tuple[int, str, StageLimits]:
-    """Put the `last` or `best` valid checkpoint of PPO into the model; returns its step, what it is in words, and the
-    limits that training ended with.
+def load_trained(run: Run, model: HydraModel, which: str) -> tuple[int, str, StageLimits, SourceMoments]:
+    """Put the `last` or `best` valid checkpoint of PPO into the model; returns its step, what it is in words, the
+    limits that training ended with, and the unit of its held-out scores.
 
     Without a look at held-out prompts there is no best one, and the last is taken. Raises `CheckpointError`.
     """
@@ -137,12 +158,13 @@ def load_trained(run: Run, model: HydraModel, which: str) -> tuple[int, str, Sta
     if checkpoint is None:
         raise CheckpointError(f"{store.folder} holds no checkpoint; the run cannot be measured without its last one")
     limits = StageLimits(**checkpoint.state["limits"])
+    moments = moments_of(checkpoint.state["held_out_moments"])
     best = checkpoint.state["best_step"]
     if which == "best" and best is not None:
         checkpoint = store.load(best)
     model.load_trained_state(checkpoint.tensors["model"])
     name = "best" if which == "best" and best is not None else "last"
-    return checkpoint.step, f"{name} (step {checkpoint.step})", limits
+    return checkpoint.step, f"{name} (step {checkpoint.step})", limits, moments
 
 
 def gold_accuracy(raw: RawData) -> float | None:

@@ -12,13 +12,14 @@ from hydra_rlhf.errors import CheckpointError, ConfigError
 from hydra_rlhf.model.export import save_merged, save_peft_adapter, save_reward_model
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.runtime.run import Run
-from hydra_rlhf.stages.datasets import load_raw, tokenize
-from hydra_rlhf.stages.finish import load_trained, measure
+from hydra_rlhf.stages.datasets import load_raw
+from hydra_rlhf.stages.finish import load_trained
 from hydra_rlhf.stages.held_out import sample_and_score
 from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.pipeline import method_table, stage1_folders
-from hydra_rlhf.stages.reward_fn import load_reward_fn
 from hydra_rlhf.stages.rollout import sequence_kl
+from hydra_rlhf.stages.scoring.kinds import open_sources
+from hydra_rlhf.stages.scoring.reward_sources import SourceMoments, with_moments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,8 @@ class Finished:
     """Which policy is in the model, in words."""
     limits: StageLimits
     """What training could hold at once."""
+    moments: SourceMoments
+    """The unit of its held-out scores."""
 
 
 def load_finished(folder: Path, checkpoint: str) -> Finished:
@@ -46,36 +49,15 @@ def load_finished(folder: Path, checkpoint: str) -> Finished:
     model = HydraModel.from_stage1(
         method_table(recipe), stage1_folders(recipe, run), model=recipe.model, lora=recipe.lora, seed=recipe.seed
     )
-    _, loaded, limits = load_trained(run, model, checkpoint)
+    _, loaded, limits, moments = load_trained(run, model, checkpoint)
     chat = known_chat_format(run, recipe, model)
-    return Finished(run=run, model=model, chat=chat, checkpoint=loaded, limits=limits)
+    return Finished(run=run, model=model, chat=chat, checkpoint=loaded, limits=limits, moments=moments)
 
 
 def known_chat_format(run: Run, recipe: Recipe, model: HydraModel) -> ChatFormat:
     """The chat format the run trained with; its template is in the run folder, so the data need not be."""
     template = run.read_json("chat.json")["template"]
     return chat_format(replace(recipe.data, chat_template=template), model.tokenizer, [], eos_id=model.eos_id)
-
-
-def evaluate_again(folder: Path, *, checkpoint: str, num_prompts: int | None) -> tuple[dict[str, Any], Path]:
-    """The numbers of `summary.json` for one checkpoint, and the file they are written to."""
-    finished = load_finished(folder, checkpoint)
-    run = finished.run
-    raw = load_raw(run.recipe.data, seed=run.recipe.seed)
-    numbers, _ = measure(
-        run.recipe,
-        finished.model,
-        finished.chat,
-        tokenize(raw, finished.chat),
-        raw,
-        checkpoint=finished.checkpoint,
-        num_prompts=num_prompts or run.recipe.evaluation.num_prompts,
-        reward_fn=load_reward_fn(run.recipe.ppo.reward.reward_fn),
-        limits=finished.limits,
-    )
-    file = run.folder / f"evaluation-{checkpoint}.json"
-    run.write_json(file.name, numbers)
-    return numbers, file
 
 
 def sample_side_by_side(
@@ -87,24 +69,24 @@ def sample_side_by_side(
     """
     finished = load_finished(folder, checkpoint)
     model, chat, config = finished.model, finished.chat, finished.run.recipe.ppo
-    reward_fn = load_reward_fn(config.reward.reward_fn)
     if prompts:
         tokenized, _ = chat.tokenize_prompts(Prompt(prompt) for prompt in prompts)
     else:
         tokenized = held_out_prompts(finished.run.recipe, chat)[:num_prompts]
-    rollouts = {
-        role: sample_and_score(
-            model,
-            chat,
-            role,
-            tokenized,
-            config,
-            stream=(seed, "sample", role),
-            reward_fn=reward_fn,
-            limits=finished.limits,
-        )
-        for role in ("reference", "actor")
-    }
+    with open_sources(config.reward, model=finished.run.recipe.model) as sources:
+        rollouts = {
+            role: sample_and_score(
+                model,
+                chat,
+                role,
+                tokenized,
+                config,
+                stream=(seed, "sample", role),
+                reward_fn=with_moments(sources, finished.moments),
+                limits=finished.limits,
+            )
+            for role in ("reference", "actor")
+        }
     kl = sequence_kl(rollouts["actor"])
     return [
         {

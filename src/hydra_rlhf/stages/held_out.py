@@ -9,7 +9,6 @@ from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.records import Rollout
 from hydra_rlhf.stages.limits import StageLimits
-from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.rollout import (
     collect_rollout,
     prompt_batch,
@@ -17,6 +16,7 @@ from hydra_rlhf.stages.rollout import (
     sequence_kl,
     summarise,
 )
+from hydra_rlhf.stages.scoring.reward_sources import Scoring, SourceMoments, with_moments
 
 GoldFunction = Callable[[str, str], float]
 """(prompt, response) -> the world's gold score. For reports only: training never sees it."""
@@ -30,7 +30,7 @@ class HeldOut:
     """Prompts that PPO does not train on, and what their responses are judged by."""
 
     prompts: Sequence[TokenizedPrompt]
-    reward_fn: RewardFunction | None = None
+    reward_fn: Scoring | None = None
     gold: GoldFunction | None = None
 
     def look(
@@ -41,8 +41,10 @@ class HeldOut:
         *,
         seed: int,
         limits: StageLimits | None = None,
+        moments: SourceMoments | None = None,
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics `eval/*` and a few responses. Every look uses the same random stream, so looks can be compared."""
+        """Metrics `eval/*` and a few responses. Every look uses the same random stream, so looks can be compared;
+        `moments` are the unit of normalised sources, the same at every look."""
         rows = range(min(config.num_eval_prompts, len(self.prompts)))
         rollout = sample_and_score(
             model,
@@ -51,7 +53,7 @@ class HeldOut:
             [self.prompts[row] for row in rows],
             config,
             stream=(seed, "held_out"),
-            reward_fn=self.reward_fn,
+            reward_fn=with_moments(self.reward_fn, moments or {}),
             limits=limits,
         )
         seen = summarise(rollout)
@@ -88,7 +90,7 @@ def sample_and_score(
     config: PPOConfig,
     *,
     stream: tuple[int | str, ...],
-    reward_fn: RewardFunction | None,
+    reward_fn: Scoring | None,
     limits: StageLimits | None = None,
     after_token: Callable[[], None] = lambda: None,
 ) -> Rollout:

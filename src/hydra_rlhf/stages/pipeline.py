@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from hydra_rlhf.stages.finish import evaluate_run, record_costs, save_policy
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.quantized_start import check_packages, check_quantization, check_start_base
-from hydra_rlhf.stages.reward_fn import RewardFunction, load_reward_fn
+from hydra_rlhf.stages.scoring.kinds import open_sources
+from hydra_rlhf.stages.scoring.reward_sources import RewardSources
 from hydra_rlhf.stages.session import Session
 from hydra_rlhf.stages.settle import settle_ppo, settle_stage1
 from hydra_rlhf.stages.supervised import Loss, train_supervised
@@ -46,7 +48,7 @@ class Job:
     session: Session
     raw: RawData
     tokenizer: PreTrainedTokenizerBase
-    reward_fn: RewardFunction | None
+    sources: RewardSources
     trust_remote_code: bool
 
     @property
@@ -66,10 +68,13 @@ def run_recipe(
     needed = stage1_models(method_table(recipe))
     if until in STAGE1_TABLES and until not in needed:
         raise ConfigError(f"method={recipe.method} has no stage {until}; before PPO it has {' and '.join(needed)}")
-    reward_fn = load_reward_fn(recipe.ppo.reward.reward_fn)
-    raw = load_raw(recipe.data, seed=recipe.seed)
-    started = time.monotonic()
-    with Run.open(recipe, resume=resume) as run:
+    with ExitStack() as stack:
+        sources = stack.enter_context(
+            open_sources(recipe.ppo.reward, model=recipe.model, trust_remote_code=trust_remote_code)
+        )
+        raw = load_raw(recipe.data, seed=recipe.seed)
+        started = time.monotonic()
+        run = stack.enter_context(Run.open(recipe, resume=resume))
         settle_machine(run)
         job = Job(
             recipe=recipe,
@@ -77,7 +82,7 @@ def run_recipe(
             session=Session(run),
             raw=raw,
             tokenizer=find_tokenizer(recipe, run, raw, trust_remote_code=trust_remote_code),
-            reward_fn=reward_fn,
+            sources=sources,
             trust_remote_code=trust_remote_code,
         )
         try:
@@ -109,7 +114,8 @@ def run_stages(job: Job, last: int) -> None:
     )
     chat, data = prepare_data(job, model)
     if not job.run.stage_done("ppo"):
-        held_out = HeldOut(prompts=data.test_prompts, reward_fn=job.reward_fn, gold=job.raw.gold)
+        job.sources.prepare()
+        held_out = HeldOut(prompts=data.test_prompts, reward_fn=job.sources, gold=job.raw.gold)
         train_ppo_stage(
             job.session,
             model,
@@ -117,14 +123,14 @@ def run_stages(job: Job, last: int) -> None:
             data.train_prompts,
             job.recipe.ppo,
             seed=job.recipe.seed,
-            reward_fn=job.reward_fn,
+            reward_fn=job.sources,
             held_out=held_out,
             limits=settle_ppo(job.recipe, model, data.train_prompts, job.run),
         )
         save_policy(model, job.run.folder / "ppo")
         job.run.finish_stage("ppo")
     if last >= ALL_STAGES.index("evaluation"):
-        evaluate_run(job.session, job.run, model, chat, data, job.raw, reward_fn=job.reward_fn)
+        evaluate_run(job.session, job.run, model, chat, data, job.raw, reward_fn=job.sources)
 
 
 def train_stage1(job: Job, stage: str, folders: dict[str, str]) -> None:

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from hydra_rlhf.algorithms.advantages import explained_variance, gae
 from hydra_rlhf.algorithms.kl import kl_estimate, next_kl_coef
-from hydra_rlhf.algorithms.masking import standardize
+from hydra_rlhf.algorithms.masking import standardize, zero_outside
 from hydra_rlhf.algorithms.rewards import shape_scores, token_rewards, update_moments
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
@@ -18,9 +20,9 @@ from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.records import PPOTargets, Rollout
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.limits import StageLimits
+from hydra_rlhf.stages.ppo_single import learn_in_one_pass, learns_while_scoring, roles_to_score
 from hydra_rlhf.stages.ppo_state import PPOState, build_optimizers, restore, save
 from hydra_rlhf.stages.ppo_update import update
-from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.rollout import (
     collect_rollout,
     prompt_batch,
@@ -29,6 +31,7 @@ from hydra_rlhf.stages.rollout import (
     sequence_kl,
     summarise,
 )
+from hydra_rlhf.stages.scoring.reward_sources import Scoring, next_moments, with_moments
 from hydra_rlhf.stages.session import Session, due
 from hydra_rlhf.stages.timing import Stopwatch
 
@@ -41,7 +44,7 @@ def train_ppo_stage(
     config: PPOConfig,
     *,
     seed: int,
-    reward_fn: RewardFunction | None = None,
+    reward_fn: Scoring | None = None,
     held_out: HeldOut | None = None,
     limits: StageLimits | None = None,
 ) -> PPOState:
@@ -75,6 +78,7 @@ def train_ppo_stage(
                 if state.step > saved_step:
                     save(session, model, optimizers, state)
                 raise
+            scoring = roles_to_score(model.table, config, step=state.step)
             with watch.phase("score"):
                 rollout = collect_rollout(
                     model,
@@ -83,20 +87,33 @@ def train_ppo_stage(
                     config.reward,
                     temperature=config.sampling.temperature,
                     limits=state.limits,
-                    reward_fn=reward_fn,
+                    reward_fn=with_moments(reward_fn, state.source_moments),
+                    roles=scoring,
                 )
 
             # Judge: turn scores and token KL into rewards, and rewards into advantages and returns.
             moments = update_moments(state.moments, rollout.scores)
-            targets = judge(
-                rollout, config, kl_coef=state.kl_coef, scale=moments.scale if config.reward.normalize else 1.0
-            )
+            source_moments = next_moments(state.source_moments, rollout.source_scores, config.reward)
+            scale = moments.scale if config.reward.normalize else 1.0
 
-            # Learn: a few passes of clipped updates over the same rollout.
+            # Learn: a few passes of clipped updates over the same rollout; a single one scores it on the way.
             with watch.phase("update"):
-                metrics = update(
-                    model, optimizers, rollout, targets, config, step=state.step, seed=seed, limits=state.limits
-                )
+                if learns_while_scoring(model, scoring):
+                    rewards = judge_tokens(rollout, config, kl_coef=state.kl_coef, scale=scale)
+                    rollout, targets, metrics = learn_in_one_pass(
+                        model,
+                        optimizers,
+                        rollout,
+                        rewards,
+                        config,
+                        kl_coef=loss_kl_coef(config, state.kl_coef),
+                        limits=state.limits,
+                    )
+                else:
+                    targets = judge(rollout, config, kl_coef=state.kl_coef, scale=scale)
+                    metrics = update(
+                        model, optimizers, rollout, targets, config, step=state.step, seed=seed, limits=state.limits
+                    )
 
             # Record: log, steer the KL coefficient, look at held-out prompts, save.
             metrics |= describe(rollout, targets, kl_coef=state.kl_coef)
@@ -106,10 +123,14 @@ def train_ppo_stage(
                 state,
                 step=state.step + 1,
                 moments=moments,
+                source_moments=source_moments,
+                held_out_moments=state.held_out_moments or source_moments,
                 kl_coef=steered_kl_coef(config, state.kl_coef, metrics["kl/reference"], len(rollout.responses)),
             )
             if held_out is not None and config.eval_every and due(config.eval_every, state.step, config.num_steps):
-                seen, samples = held_out.look(model, chat, config, seed=seed, limits=state.limits)
+                seen, samples = held_out.look(
+                    model, chat, config, seed=seed, limits=state.limits, moments=state.held_out_moments
+                )
                 metrics |= seen
                 if seen["eval/score"] > (-math.inf if state.best_score is None else state.best_score):
                     state = replace(state, best_step=state.step, best_score=seen["eval/score"])
@@ -126,11 +147,8 @@ def train_ppo_stage(
     return state
 
 
-def judge(rollout: Rollout, config: PPOConfig, *, kl_coef: float, scale: float) -> PPOTargets:
-    """Rewards, advantages and returns of a rollout; `scale` divides scores (running standard deviation, or 1)."""
-    mask = rollout.batch.response_mask
-    estimator = config.kl_estimator or {"reward": "k1", "loss": "k2"}[config.kl_in]
-    in_reward = estimator != "none" and config.kl_in == "reward"
+def judge_tokens(rollout: Rollout, config: PPOConfig, *, kl_coef: float, scale: float) -> Float[Tensor, "b r"]:
+    """Rewards of a rollout; `scale` divides scores (running standard deviation, or 1). Invalid rows have none."""
     shaped = shape_scores(
         rollout.scores,
         rollout.ended,
@@ -138,19 +156,41 @@ def judge(rollout: Rollout, config: PPOConfig, *, kl_coef: float, scale: float) 
         missing_eos_penalty=config.reward.missing_eos_penalty,
         scale=scale,
     )
-    if in_reward:
-        kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator)  # pyright: ignore[reportArgumentType]
+    estimator = kl_estimator(config)
+    if estimator != "none" and config.kl_in == "reward":
+        kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator)
     else:
         kl = torch.zeros_like(rollout.logprobs)
+    mask = rollout.batch.response_mask
     rewards = token_rewards(shaped, rollout.dense_rewards / scale, kl, mask, kl_coef=kl_coef)
-    advantages, returns = gae(rewards, rollout.values, mask, discount=config.discount, gae_lambda=config.gae_lambda)
-    in_loss = estimator != "none" and config.kl_in == "loss"
+    return zero_outside(rewards, rollout.learn_mask)
+
+
+def judge(rollout: Rollout, config: PPOConfig, *, kl_coef: float, scale: float) -> PPOTargets:
+    """Rewards, advantages and returns of a rollout that every role has scored.
+
+    Rows that are not valid have none of them, and count in no mean or spread.
+    """
+    rewards, learn_mask = judge_tokens(rollout, config, kl_coef=kl_coef, scale=scale), rollout.learn_mask
+    advantages, returns = gae(
+        rewards, rollout.values, learn_mask, discount=config.discount, gae_lambda=config.gae_lambda
+    )
     return PPOTargets(
         rewards=rewards,
-        advantages=standardize(advantages, mask),
+        advantages=standardize(advantages, learn_mask),
         returns=returns,
-        kl_coef=kl_coef if in_loss else 0.0,
+        kl_coef=loss_kl_coef(config, kl_coef),
     )
+
+
+def kl_estimator(config: PPOConfig) -> Literal["k1", "k2", "k3", "none"]:
+    """The per-token KL of the settings: k1 in the reward and k2 in the loss by default."""
+    return config.kl_estimator or ("k1" if config.kl_in == "reward" else "k2")
+
+
+def loss_kl_coef(config: PPOConfig, kl_coef: float) -> float:
+    """Weight of a KL term in the loss; 0 where the KL is in the rewards, or nowhere."""
+    return kl_coef if kl_estimator(config) != "none" and config.kl_in == "loss" else 0.0
 
 
 def steered_kl_coef(config: PPOConfig, kl_coef: float, measured_kl: float, num_sequences: int) -> float:
@@ -164,10 +204,10 @@ def steered_kl_coef(config: PPOConfig, kl_coef: float, measured_kl: float, num_s
 
 def describe(rollout: Rollout, targets: PPOTargets, *, kl_coef: float) -> dict[str, float]:
     """Metrics of a rollout and of what it is learned from."""
-    mask = rollout.batch.response_mask
+    mask = rollout.learn_mask
     return {
         **summarise(rollout),
-        "reward/mean": torch.where(mask, targets.rewards, 0.0).sum(dim=1).mean().item(),
+        "reward/mean": torch.where(mask, targets.rewards, 0.0).sum(dim=1)[rollout.valid].mean().item(),
         "kl/coef": kl_coef,
         "ppo/explained_variance": explained_variance(rollout.values, targets.returns, mask).item(),
     }

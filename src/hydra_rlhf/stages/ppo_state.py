@@ -33,6 +33,10 @@ class PPOState:
     """What may be held at once. Part of the state, because where a batch is cut changes the order of its sums."""
     moments: Moments = field(default_factory=Moments)
     """Running moments of the scores, for `reward.normalize`."""
+    source_moments: dict[str, Moments] = field(default_factory=dict)
+    """Those of each source that is normalised, by its name."""
+    held_out_moments: dict[str, Moments] = field(default_factory=dict)
+    """The same after the first step: the unit of held-out scores, which must not move between looks."""
     best_step: int | None = None
     """Step with the best held-out score so far."""
     best_score: float | None = None
@@ -94,6 +98,11 @@ def save(session: Session, model: HydraModel, optimizers: Mapping[TrainPass, Opt
     session.save("ppo", state.step, tensors, asdict(state), protect=protect)
 
 
+def moments_of(saved: Mapping[str, Mapping[str, float]]) -> dict[str, Moments]:
+    """Moments by name, as a checkpoint holds them."""
+    return {name: Moments(**numbers) for name, numbers in saved.items()}
+
+
 def restore(
     checkpoint: Checkpoint | None, model: HydraModel, optimizers: Mapping[TrainPass, Optimizer]
 ) -> PPOState | None:
@@ -110,5 +119,7 @@ def restore(
         optimizer.load_state(checkpoint.tensors[f"optimizer-{i}"])
     saved = {f.name: checkpoint.state[f.name] for f in fields(PPOState)}
     saved["moments"] = Moments(**saved["moments"])
+    for name in ("source_moments", "held_out_moments"):
+        saved[name] = moments_of(saved[name])
     saved["limits"] = StageLimits(**saved["limits"])
     return PPOState(**saved)

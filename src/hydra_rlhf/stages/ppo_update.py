@@ -57,9 +57,14 @@ def update(
         done += 1
     model.eval()
     means = combine(seen)
-    means["optim/skipped_steps"] = float(sum(optimizer.num_skipped for optimizer in optimizers.values()))
+    means["optim/skipped_steps"] = num_skipped(optimizers)
     planned = config.num_epochs * (len(rollout.responses) // config.minibatch_size)
     return means | {"ppo/update_frac": done / planned}
+
+
+def num_skipped(optimizers: Mapping[TrainPass, Optimizer]) -> float:
+    """Optimizer steps of this stage so far that changed nothing."""
+    return float(sum(optimizer.num_skipped for optimizer in optimizers.values()))
 
 
 def combine(seen: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -95,9 +100,11 @@ def learn_minibatch(
     Sums over micro-batches are divided by the whole minibatch's token count. Where memory runs out, only the pass it
     ran out in is done again. That is exact: a pass trains tensors that no other pass of the minibatch reads, and the
     others' optimizers may already have stepped. Returns (metrics, learned): where the actor has moved further than
-    `max_update_kl` from the policy that sampled, nothing more is learned.
+    `max_update_kl` from the policy that sampled, nothing more is learned. A minibatch without a valid row is left out.
     """
-    num_tokens = int(rollout.batch.response_mask[rows].sum())
+    num_tokens = int(rollout.learn_mask[rows].sum())
+    if num_tokens == 0:
+        return {}, True
     cut = partial(micro_batches, rollout.batch, rows=rows)
 
     def learn(roles: Sequence[str], index: Tensor, micro_batch: TokenBatch) -> Mapping[str, Tensor]:
@@ -107,7 +114,8 @@ def learn_minibatch(
             temperature=config.sampling.temperature,
             entropy_gradient=config.entropy_coef > 0,
         )
-        loss = joined_loss(outputs, index, micro_batch.response_mask, rollout, targets, config, num_tokens)
+        mask = micro_batch.response_mask & rollout.valid[index, None]
+        loss = joined_loss(outputs, index, mask, rollout, targets, config, num_tokens)
         loss.loss.backward()
         return loss.metrics
 

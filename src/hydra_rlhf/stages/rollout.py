@@ -18,7 +18,7 @@ from hydra_rlhf.records import PromptBatch, Responses, RoleOutput, Rollout, Toke
 from hydra_rlhf.runtime.randomness import permutation, uniforms
 from hydra_rlhf.stages.limits import StageLimits, map_micro_batches, map_row_groups
 from hydra_rlhf.stages.micro_batches import micro_batches
-from hydra_rlhf.stages.reward_fn import RewardFunction, call_reward_fn
+from hydra_rlhf.stages.scoring.reward_sources import Scoring, as_sources, source_metrics
 
 FIELDS_OF = {
     "actor": {"logprobs": "logprobs", "entropy": "entropy"},
@@ -109,11 +109,12 @@ def sample_responses(
     parts = map_row_groups(limits, len(prompts.texts), decode)
     width = max(part.tokens.shape[1] for part in parts)
 
-    def widen(x: Tensor, value: int) -> Tensor:
+    def widen(x: Tensor, value: float) -> Tensor:
         return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
 
     tokens = torch.cat([widen(part.tokens, pad_id) for part in parts])
     mask = torch.cat([widen(part.mask, False) for part in parts])
+    logprobs = torch.cat([widen(part.logprobs, 0.0) for part in parts])
     texts = [
         chat.decode_response(row[keep].tolist(), stop_ids) for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)
     ]
@@ -122,7 +123,7 @@ def sample_responses(
         attention_mask=torch.cat([prompts.attention_mask, mask], dim=1),
         response_mask=mask,
     )
-    return Responses(batch=batch, texts=texts, ended=torch.cat([part.ended for part in parts]))
+    return Responses(batch=batch, logprobs=logprobs, texts=texts, ended=torch.cat([part.ended for part in parts]))
 
 
 @torch.no_grad()
@@ -169,27 +170,32 @@ def collect_rollout(
     *,
     temperature: float,
     limits: StageLimits,
-    reward_fn: RewardFunction | None,
+    reward_fn: Scoring | None,
+    roles: Iterable[str] | None = None,
 ) -> Rollout:
-    """Let every role of the method's table look once at the sampled responses, and add up their scores."""
-    scored = score_roles(model, responses.batch, model.table, temperature=temperature, limits=limits)
-    scores = reward.reward_model_coef * scored.scores
-    dense = torch.zeros_like(scored.logprobs)
-    if reward_fn is not None:
-        scores_fn, dense_fn = call_reward_fn(reward_fn, prompts, responses)
-        scores = scores + reward.reward_fn_coef * scores_fn
-        dense = reward.reward_fn_coef * dense_fn
+    """Let roles (default: all of the method's table) look once at the sampled responses, and add up their scores.
+
+    What the others would say is zero, but for the actor's log-probs, which are then those of sampling.
+    """
+    looking = tuple(model.table if roles is None else roles)
+    scored = score_roles(model, responses.batch, looking, temperature=temperature, limits=limits)
+    head = {"head": scored.scores} if "reward" in model.table else {}
+    added = as_sources(reward_fn, reward).add_to(
+        reward.reward_model_coef * scored.scores, prompts, responses, max_failed_frac=reward.max_failed_frac
+    )
     return Rollout(
         batch=responses.batch,
         prompts=prompts,
         responses=responses.texts,
         ended=responses.ended,
-        logprobs=scored.logprobs,
+        logprobs=scored.logprobs if "actor" in looking else responses.logprobs,
         ref_logprobs=scored.ref_logprobs,
         values=torch.where(responses.batch.response_mask, scored.values, 0.0),
         entropy=scored.entropy,
-        scores=scores,
-        dense_rewards=dense,
+        scores=added.scores,
+        dense_rewards=added.dense_rewards,
+        valid=added.valid,
+        source_scores=head | added.source_scores,
     )
 
 
@@ -200,11 +206,14 @@ def sequence_kl(rollout: Rollout) -> Float[Tensor, " b"]:
 
 
 def summarise(rollout: Rollout) -> dict[str, float]:
-    """Score, KL and shape of a rollout, for the log: units as in docs/metrics.md."""
+    """Score, KL and shape of a rollout, for the log: units as in docs/metrics.md. Scores are those of valid rows."""
     mask = rollout.batch.response_mask
+    scores = rollout.scores[rollout.valid]
     return {
-        "score/mean": rollout.scores.mean().item(),
-        "score/std": rollout.scores.std(correction=0).item(),
+        "score/mean": scores.mean().item(),
+        "score/std": scores.std(correction=0).item(),
+        **source_metrics(rollout.source_scores),
+        "reward/masked_frac": 1 - rollout.valid.float().mean().item(),
         "kl/reference": sequence_kl(rollout).mean().item(),
         "ppo/entropy": (torch.where(mask, rollout.entropy, 0.0).sum() / mask.sum()).item(),
         "response/tokens_mean": mask.sum(dim=1).float().mean().item(),
