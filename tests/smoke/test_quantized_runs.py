@@ -120,6 +120,13 @@ def test_a_peft_adapter_becomes_the_set_below(base: Path, tmp_path: Path) -> Non
     assert given.keys() == kept.keys() == trained.keys()
     assert all(torch.equal(given[name], kept[name]) for name in given)
     assert not any(torch.equal(given[name], trained[name]) for name in given)
+    # Its rank is 3, that of the recipe's own sets 2: there are one of the former and two of the latter.
+    each = sum(tensor.numel() for tensor in given.values()) // 3 * 4
+    memory = json.loads((folder / "memory.json").read_text())
+    assert memory["methods"]["hydra-ppo"]["adapters"] == (3 + 2 * 2) * each
+    heads = memory["methods"]["hydra-ppo"]["heads"]
+    assert memory["decisions"]["ppo"]["phases"]["update"]["adapters"] == (3 + 2 * 2) * each + heads
+    assert memory["decisions"]["hydra_sft"]["phases"]["hydra_sft"]["adapters"] == 3 * each + heads // 2
 
 
 def test_a_full_precision_start_is_packed(base: Path, tmp_path: Path) -> None:

@@ -70,22 +70,22 @@ def planner_of(
     workload: Workload,
     *,
     optimizer: str,
-    below: bool | None = None,
+    below_rank: int | None = None,
     corrections: Mapping[str, float] = NO_CORRECTIONS,
 ) -> Planner:
     """A planner for one stage's optimizer on the base of a recipe.
 
-    `below` says whether stage 1 left a LoRA set under the others (default: where the base is quantised);
-    `corrections` are what a probe found (see `Simulation`).
+    `below_rank` is that of the LoRA set that stage 1 left under the others, 0 = none (default: the recipe's rank where the
+    base is quantised); `corrections` are what a probe found (see `Simulation`).
     """
-    below = recipe.model.quantization != "none" if below is None else below
+    left = recipe.lora.rank if recipe.model.quantization != "none" else 0
     base = _Base(
         config_json=config.to_json_string(use_diff=False),
         config=config,
         model=recipe.model,
         lora=recipe.lora,
         tile_bytes=parse_bytes(recipe.memory.logit_tile),
-        below_rank=recipe.lora.rank if below else 0,
+        below_rank=left if below_rank is None else below_rank,
         temperature=recipe.ppo.sampling.temperature,
         corrections=tuple(corrections.items()),
     )
@@ -180,7 +180,7 @@ def works_of(
             config,
             replace(workload, batch_size=settings.batch_size),
             optimizer=settings.optimizer,
-            below=False,
+            below_rank=0,
             corrections=corrections,
         )
         lora = settings.tuning == "lora" or recipe.model.quantization != "none"

@@ -53,7 +53,7 @@ def plan_methods(
         "corrections": dict(corrections),
         "workload": asdict(workload_of(recipe)),
         "methods": rows,
-        "full_sft": plan_full_sft(recipe, config, budget),
+        "full_sft": plan_full_sft(recipe, config, budget, corrections),
     }
 
 
@@ -79,28 +79,35 @@ def plan_method(
         "stages": {stage: decision.as_dict() for stage, decision in decisions.items()},
     }
     if fits:
-        plan["largest"] = largest_sizes(recipe, config, table, budget, decisions["ppo"])
+        plan["largest"] = largest_sizes(recipe, config, table, budget, decisions["ppo"], corrections)
     else:
         plan["remedy"] = find_remedy(recipe, config, table, budget, corrections)
     return plan
 
 
-def plan_full_sft(recipe: Recipe, config: PretrainedConfig, budget: int) -> dict[str, Any]:
+def plan_full_sft(
+    recipe: Recipe, config: PretrainedConfig, budget: int, corrections: Mapping[str, float]
+) -> dict[str, Any]:
     """Fine-tuning all weights on demonstrations, with the recipe's SFT settings."""
     recipe = replace(recipe, model=replace(recipe.model, quantization="none"))
     work = replace(workload_of(recipe), batch_size=recipe.sft.batch_size)
-    planner = planner_of(recipe, config, work, optimizer=recipe.sft.optimizer)
+    planner = planner_of(recipe, config, work, optimizer=recipe.sft.optimizer, corrections=corrections)
     return decide_stage1(planner, recipe, "sft", budget, lora=False).as_dict()
 
 
 def largest_sizes(
-    recipe: Recipe, config: PretrainedConfig, table: RoleTable, budget: int, decision: Decision
+    recipe: Recipe,
+    config: PretrainedConfig,
+    table: RoleTable,
+    budget: int,
+    decision: Decision,
+    corrections: Mapping[str, float],
 ) -> dict[str, int]:
     """The most rows decoded together, and the largest micro-batches without and with all layers checkpointed.
 
     A rollout batch may be larger than what is decoded together: it is then sampled in row groups.
     """
-    planner = planner_of(recipe, config, workload_of(recipe), optimizer=recipe.ppo.optimizer)
+    planner = planner_of(recipe, config, workload_of(recipe), optimizer=recipe.ppo.optimizer, corrections=corrections)
     num_layers, cuts = planner.simulation.num_layers, decision.chosen.cuts
     work = planner.workload
     tokens_each = work.prompt_tokens + work.response_tokens

@@ -98,7 +98,7 @@ class Simulation:
             peak = max(kept + working, recomputed.peak(num, checkpointed))
         head = kept + self._heads(kind, rows)
         if kind.learns and kind.lm_head and not kind.adapter:
-            peak += self._tied_head_gradient()
+            peak += self.tied_head_gradient()
         by = self.corrections.get("update" if kind.learns else "score", 1.0)
         return PassBytes(kept=by * kept, head=by * head, peak=by * max(head, peak))
 
@@ -184,8 +184,8 @@ class Simulation:
             self._heads_need[key] = run()
         return self._heads_need[key]
 
-    def _tied_head_gradient(self) -> float:
-        """A tied head's gradient waits for the embedding's through the whole backward."""
+    def tied_head_gradient(self) -> float:
+        """Bytes of a tied head's gradient, which waits for the embedding's through a backward that trains both."""
         weight, embedding = self.whole.lm_head.weight, self.whole.model.get_input_embeddings().weight
         return weight.numel() * weight.element_size() if weight is embedding else 0.0
 

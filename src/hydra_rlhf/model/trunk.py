@@ -209,6 +209,12 @@ class Trunk(nn.Module):
         for parameter in self.adapter_parameters(name).values():
             parameter.requires_grad_(False)
 
+    @property
+    def below_rank(self) -> int:
+        """Rank of all that is kept below together; 0 = nothing."""
+        any_linear = next(iter(self.lora_linears.values()), None)
+        return 0 if any_linear is None else sum(len(any_linear.lora_A[name]) for name in self.switch.below)
+
     def enable_checkpointing(self, num_layers: int | None = None, *, offload: bool = False) -> None:
         """Recompute the first `num_layers` layers (None = all) in backward, with the adapters their forward captured.
 

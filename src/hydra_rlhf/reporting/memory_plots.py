@@ -57,6 +57,8 @@ def memory_chart(record: RunRecord) -> Chart | None:
         "What a phase holds at its worst moment, planned with this run's model, batch and settings. Phases come one "
         "after the other, so a method needs what its largest phase needs (bold)."
     )
+    if not measured:
+        caption += " With memory.track_tensors=true this run's measured bytes would stand beside them."
     words = f"{caption} {_own_words(record, unit, size)}".strip()
     svg = draw_svg(draw, "memory", words, width=860, height=round(96 + ROW_PIXELS * height))
     return Chart(key="memory", title="What each method needs, phase by phase", caption=caption, svg=svg)

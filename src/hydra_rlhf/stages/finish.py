@@ -180,8 +180,7 @@ def gold_accuracy(raw: RawData) -> float | None:
 def base_sizes(model: HydraModel, *, optimizer: str = "adamw") -> BaseSizes:
     """Sizes of the actor's base and of one LoRA set on it (read off the method's own trunk)."""
     trunk = model.trunk(model.table["actor"].trunk)
-    below_rank = model.lora.rank if trunk.switch.below else 0
-    return sizes_of(trunk, model.lora, optimizer=optimizer, below_rank=below_rank)
+    return sizes_of(trunk, model.lora, optimizer=optimizer, below_rank=trunk.below_rank)
 
 
 def record_costs(run: Run, session: Session, seconds: float) -> None:

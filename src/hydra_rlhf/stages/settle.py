@@ -65,8 +65,10 @@ def decide(recipe: Recipe, model: HydraModel, stage: str, work: Workload) -> dic
     """The decision on one stage as it is kept: limits, planned bytes per phase, options, budget."""
     trunk = model.trunk(next(iter(model.trunks)))
     settings = getattr(recipe, stage)
-    below = stage == "ppo" and bool(trunk.switch.below)  # a stage 1 that finds such a set goes on training it
-    planner = planner_of(recipe, trunk.model.config, work, optimizer=settings.optimizer, below=below)
+    below_rank = trunk.below_rank
+    if stage != "ppo" and below_rank:  # a stage 1 that finds such a set goes on training it
+        recipe, below_rank = replace(recipe, lora=replace(recipe.lora, rank=below_rank)), 0
+    planner = planner_of(recipe, trunk.model.config, work, optimizer=settings.optimizer, below_rank=below_rank)
     held = count_tensor_bytes([*model.parameters(), *model.buffers()])
     budget = tensor_budget(recipe.memory, model.device, held=held)
     if stage == "ppo":
@@ -84,7 +86,8 @@ def plan_every_method(recipe: Recipe, model: HydraModel, decided: Mapping[str, A
     `decided` is what `PLAN_FILE` holds. Stage 1 is left out where the run had none.
     """
     stage1 = next((decided[stage] for stage in STAGE1_ORDER if stage in decided), None)
-    config = model.trunk(model.table["actor"].trunk).model.config
+    trunk = model.trunk(model.table["actor"].trunk)
+    config = trunk.model.config
     planned: dict[str, Phases] = {}
     for method, table in ROLES.items():
         table = table if "reward" in model.table else without_roles(table, "reward")
@@ -94,10 +97,12 @@ def plan_every_method(recipe: Recipe, model: HydraModel, decided: Mapping[str, A
             settings = getattr(other, stage)
             known = decided.get(stage, stage1)
             work = replace(Workload(**known["workload"]), batch_size=settings.batch_size)
-            planner = planner_of(other, config, work, optimizer=settings.optimizer, below=False)
+            planner = planner_of(other, config, work, optimizer=settings.optimizer, below_rank=0)
             lora = settings.tuning == "lora" or other.model.quantization != "none"
             phases[stage] = planner.stage1(stage, cuts_of(known), lora=lora)
-        planner = planner_of(other, config, Workload(**decided["ppo"]["workload"]), optimizer=other.ppo.optimizer)
+        work = Workload(**decided["ppo"]["workload"])
+        below_rank = trunk.below_rank if other.model.quantization != "none" else 0
+        planner = planner_of(other, config, work, optimizer=other.ppo.optimizer, below_rank=below_rank)
         planned[method] = phases | planner.ppo(table, cuts_of(decided["ppo"]))
     return planned
 
