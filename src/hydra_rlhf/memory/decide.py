@@ -75,8 +75,8 @@ def planner_of(
 ) -> Planner:
     """A planner for one stage's optimizer on the base of a recipe.
 
-    `below_rank` is that of the LoRA set that stage 1 left under the others, 0 = none (default: the recipe's rank where the
-    base is quantised); `corrections` are what a probe found (see `Simulation`).
+    `below_rank` is that of the LoRA set that stage 1 left under the others, 0 = none (default: the recipe's rank where
+    the base is quantised); `corrections` are what a probe found (see `Simulation`).
     """
     left = recipe.lora.rank if recipe.model.quantization != "none" else 0
     base = _Base(
