@@ -147,7 +147,7 @@ def decoded_together(recipe: Recipe, num_sequences: int) -> Recipe:
 
 def decide(bench: Bench, recipe: Recipe, budget: int) -> Decision:
     """How the recipe's PPO is cut to fit `budget`; no stage 1 was run, so no LoRA set of one is there."""
-    planner = planner_of(recipe, bench.config, workload_of(recipe), optimizer=recipe.ppo.optimizer, below=False)
+    planner = planner_of(recipe, bench.config, workload_of(recipe), optimizer=recipe.ppo.optimizer, below_rank=0)
     return decide_ppo(planner, recipe, ROLES[recipe.method], budget)
 
 

@@ -84,15 +84,11 @@ class Simulation:
 
     def _micro_batch(self, kind: PassKind, rows: Rows, checkpointed: int) -> PassBytes:
         num, layers = rows.num, self.num_layers
-        if checkpointed < layers:
-            plain = self.layers(kind, rows, recompute=False)
-            kept, peak = plain.kept(num, layers), plain.peak(num, layers)
-        else:
-            recomputed = self.layers(kind, rows, recompute=True)
-            kept, peak = recomputed.kept(num, layers), recomputed.peak(num, layers)
+        first = self.layers(kind, rows, recompute=checkpointed == layers)
+        kept, peak = first.kept(num, layers), first.peak(num, layers)
         if 0 < checkpointed < layers:
             recomputed = self.layers(kind, rows, recompute=True)
-            working, share = plain.deep_peak(num, layers) - kept, checkpointed / layers
+            working, share = first.deep_peak(num, layers) - kept, checkpointed / layers
             kept = share * recomputed.kept(num, layers) + (1.0 - share) * kept
             # Backward begins in the layers that were kept; once they are gone one layer at a time is made again.
             peak = max(kept + working, recomputed.peak(num, checkpointed))

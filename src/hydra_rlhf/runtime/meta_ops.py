@@ -103,7 +103,8 @@ class MetaBytes(TorchDispatchMode):
             return output
         outputs = [make(rule, tensors) for rule in known.rules]
         if known.makes:
-            self.hold(x for x, rule in zip(outputs, known.rules, strict=True) if type(rule) is New)
+            made = zip(outputs, known.rules, strict=True)
+            self.hold(x for x, rule in made if x is not None and type(rule) is New)
         return outputs[0] if known.container is None else known.container(outputs)
 
     def _gone(self, reference: Any) -> None:
@@ -137,7 +138,9 @@ def learn(output: Any, tensors: Sequence[Tensor]) -> Outputs | None:
             return None
         rule = rule_of(x, tensors)
         if type(rule) is New:
-            if x.untyped_storage()._cdata in own or make(rule, ()).untyped_storage().nbytes() != storage_bytes(x):
+            again = make(rule, ())
+            assert again is not None
+            if x.untyped_storage()._cdata in own or again.untyped_storage().nbytes() != storage_bytes(x):
                 return None
             own.add(x.untyped_storage()._cdata)
         elif type(rule) is View and tensors[rule.argument].dtype != x.dtype:
