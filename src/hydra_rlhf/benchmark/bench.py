@@ -66,11 +66,13 @@ def run_bench(bench: Bench, methods: Sequence[str], compare: Sequence[str]) -> d
     with machine_settings(bench.recipe.runtime):
         result = describe(bench)
         rows = list(equal_batch(bench, methods)) if BATCH in compare else []
+        if BUDGET not in compare:
+            return result | {"equal_batch": rows, "equal_budget": [], "shared_budget_bytes": None}
         budget = shared_budget(bench, methods)
         return result | {
             "equal_batch": rows,
-            "equal_budget": list(equal_budget(bench, methods, budget, known=rows)) if BUDGET in compare else [],
-            "shared_budget_bytes": budget if BUDGET in compare else None,
+            "equal_budget": list(equal_budget(bench, methods, budget, known=rows)),
+            "shared_budget_bytes": budget,
         }
 
 
