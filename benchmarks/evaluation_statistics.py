@@ -265,23 +265,27 @@ def judge_study() -> dict[str, Any]:
     }
 
 
+STUDIES = {
+    "win_rate_coverage": win_rate_coverage,
+    "strengths": strengths_study,
+    "length_controlled": length_study,
+    "calibration_error": calibration_study,
+}
+
+
 def main() -> None:
     """Measure everything and write it down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--studies", type=int, default=1000)
+    parser.add_argument("--only", choices=STUDIES, help="measure this again and keep the file's other parts")
     args = parser.parse_args()
-    started = time.monotonic()
-    content = {
-        "machine": {"processor": platform.machine(), "python": platform.python_version(), "numpy": np.__version__},
-        "studies": args.studies,
-        "llm_judge": judge_study(),
-        "win_rate_coverage": win_rate_coverage(args.studies),
-        "strengths": strengths_study(args.studies),
-        "length_controlled": length_study(args.studies),
-        "calibration_error": calibration_study(args.studies),
-    }
-    content["seconds"] = time.monotonic() - started
+    content: dict[str, Any] = json.loads(args.out.read_text()) if args.only else {}
+    content["machine"] = {"processor": platform.machine(), "python": platform.python_version(), "numpy": np.__version__}
+    content["studies"] = args.studies
+    content["llm_judge"] = content.get("llm_judge") or judge_study()
+    for name in [args.only] if args.only else STUDIES:
+        content[name] = STUDIES[name](args.studies)
     args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -974,13 +974,23 @@ STATISTICS: Changes = {
     ],
     "calibration_interval": [
         ("not mirrored", MIRRORED, "_quantile(errors, 1 - fraction)"),
-        ("not held at 0", "(max(0.0, end) for end in ends)", "(end for end in ends)"),
+        ("ends below the estimate", "max(high, estimate)", "high"),
         ("level ignored", "((1 + level) / 2, (1 - level) / 2))", "(0.975, 0.025))"),
         ("one-sided", "((1 + level) / 2, (1 - level) / 2))", "(level, 1 - level))"),
         (
             "signs cancel",
             "np.abs(generator.multinomial(len(margins), shares) @ gaps).sum()",
             "abs((generator.multinomial(len(margins), shares) @ gaps).sum())",
+        ),
+        (
+            "chance is no excuse",
+            "    if estimate <= _quantile(errors_if",
+            "    if False and estimate <= _quantile(errors_if",
+        ),
+        (
+            "chance always is",
+            "    if estimate <= _quantile(errors_if",
+            "    if True or estimate <= _quantile(errors_if",
         ),
         ("pairs not resampled", "generator.multinomial(len(margins), shares) @ gaps", "np.ones(len(margins)) @ gaps"),
     ],

@@ -99,7 +99,7 @@ def test_outcomes_of_one_prompt_are_weighted_together():
 
 def test_runs_are_weighted_too_and_a_prompt_counts_once():
     # Run 0 wins 30 of 40, run 1 10 of 40, no lengths: 20 wins of 40 prompts. Two seeds are drawn one at a time, so the
-    # rate is near 30.5 / 41 or 10.5 / 41 = 0.256, each with deviation 0.067 in half of the draws: 2.5 % of all are
+    # rate is near 30.5 / 41 or 10.5 / 41 = 0.256, each with deviation 0.067 in half of the draws: 2.5 % of all lie
     # below the lower one's 5 %, 0.256 - 1.645 x 0.067 = 0.146. Prompts alone would give 0.5 +- 0.13.
     outcomes = np.array([1.0] * 30 + [0.0] * 10 + [1.0] * 10 + [0.0] * 30)
     same, prompts = np.full(80, 9.0), np.tile(np.arange(40), 2)

@@ -116,6 +116,9 @@ def test_calibration_interval_takes_the_excess_of_noise_off():
     # Perfectly calibrated at confidence 3/4: 48 pairs, 36 right, so the estimate is 0. Resamples stray from it by
     # |k - 36| / 48, k ~ Binomial(48, 3/4), deviation 3: they are never below 0, so mirrored they are never above.
     assert statistics.calibration_interval([LN3] * 36 + [-LN3] * 12, seed=0) == (0.0, 0.0)
+    # The same with a second bin, 9 of 10 at 0.9: nearly all resamples err, and the interval still holds the estimate.
+    both = [LN3] * 36 + [-LN3] * 12 + [2 * LN3 + 1e-9] * 9 + [-2 * LN3 - 1e-9]
+    assert statistics.calibration_interval(both, seed=0) == pytest.approx((0.0, 0.0), abs=1e-9)
     # All right: the error is 1/4 in every resample.
     assert statistics.calibration_interval([LN3] * 20, seed=0) == pytest.approx((0.25, 0.25))
     # A quarter right: error 1/2, deviation of k / 48 is 1/16; 1.96 of them: 0.5 +- 0.1225.
@@ -129,6 +132,16 @@ def test_calibration_interval_takes_the_excess_of_noise_off():
     low, high = statistics.calibration_interval([LN3] * 18 + [-2 * LN3 - 1e-9] * 5, num_resamples=4000, seed=0)
     assert (low, high) == pytest.approx((0.282, 0.501), abs=0.02)
     assert all(math.isnan(limit) for limit in statistics.calibration_interval([math.nan], seed=0))
+
+
+def test_calibration_interval_begins_at_0_where_chance_explains_the_error():
+    # 100 pairs at 3/4: the share of right ones has deviation 0.0433, and 97.5 % of the errors are below 2.24 of them,
+    # 0.097. An error of 0.08 is nothing, one of 0.12 is something.
+    assert statistics.calibration_interval([LN3] * 83 + [-LN3] * 17, seed=0)[0] == 0.0
+    assert statistics.calibration_interval([LN3] * 87 + [-LN3] * 13, seed=0)[0] > 0.03
+    # At 10 % it is what 55 % of the errors are below, 0.755 deviations or 0.033: 0.02 is nothing, 0.05 is something.
+    assert statistics.calibration_interval([LN3] * 77 + [-LN3] * 23, level=0.1, seed=0)[0] == 0.0
+    assert statistics.calibration_interval([LN3] * 80 + [-LN3] * 20, level=0.1, seed=0)[0] > 0.02
 
 
 def test_calibration_interval_mirrors_a_lopsided_distribution():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
 import numpy as np
+from jaxtyping import Float, Int
 
 
 def pair_outcomes(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -159,8 +160,9 @@ def calibration_interval(
     """Confidence interval (low, high) of the calibration error, from resampled pairs; equal seeds give equal intervals.
 
     Noise in the bins makes the error of a sample too large, and that of a resample larger again by about as much. So
-    the interval is mirrored (the "basic" bootstrap: 2 x estimate - quantile), which takes that excess off, and held at
-    0 or above.
+    the interval is mirrored (the "basic" bootstrap: 2 x estimate - quantile), which takes that excess off; it always
+    holds the estimate. It begins at 0 where a perfectly calibrated model with these confidences would show as large an
+    error (Broecker and Smith 2007).
     """
     assert len(margins) > 0, "no margins"
     if any(math.isnan(margin) for margin in margins):
@@ -177,8 +179,23 @@ def calibration_interval(
     )
     estimate = calibration_error(margins, num_bins=num_bins)
     ends = (2 * estimate - _quantile(errors, fraction) for fraction in ((1 + level) / 2, (1 - level) / 2))
-    low, high = (max(0.0, end) for end in ends)
+    low, high = ends
+    low, high = max(0.0, min(low, estimate)), max(high, estimate)
+    chances = np.array([confidence for confidence, _ in found])
+    bins = np.array([bin_of(confidence, num_bins) for confidence, _ in found])
+    if estimate <= _quantile(errors_if_calibrated(generator, chances, bins, num_resamples), (1 + level) / 2):
+        low = 0.0
     return low, high
+
+
+def errors_if_calibrated(
+    generator: np.random.Generator, chances: Float[np.ndarray, " n"], bins: Int[np.ndarray, " n"], num: int
+) -> list[float]:
+    """`num` calibration errors in order, of pairs that are right with exactly the chance that was predicted."""
+    return sorted(
+        float(np.abs(np.bincount(bins, (generator.random(len(chances)) < chances) - chances)).sum()) / len(chances)
+        for _ in range(num)
+    )
 
 
 def interval_from_error(
