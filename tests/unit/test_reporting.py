@@ -694,7 +694,10 @@ def test_the_memory_picture_shows_every_phase_planned_and_this_run_measured(reco
     assert ">measured by CUDA" in by_cuda.svg
     unmeasured = memory_chart(replace(record, measured={"update": {"rss_bytes": 2**20}}))
     assert unmeasured is not None
-    assert "measured" not in unmeasured.svg
+    assert ">measured" not in unmeasured.svg
+    assert ", measured" not in unmeasured.svg
+    assert "memory.track_tensors=true" in unmeasured.caption
+    assert "track_tensors" not in chart.caption
     assert memory_chart(replace(record, plan={})) is None
 
 
