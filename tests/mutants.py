@@ -1254,10 +1254,10 @@ OUTCOMES: Changes = {
     ],
     "check_number": [
         ("strings are numbers", "if isinstance(value, str | bytes) or not", "if not"),
-        ("NaN passes", "not abs(number) <= FLOAT32_MAX", "abs(number) > FLOAT32_MAX"),
-        ("negative infinity passes", "not abs(number) <= FLOAT32_MAX", "not number <= FLOAT32_MAX"),
-        ("float64 is enough", "FLOAT32_MAX = (2 - 2**-23) * 2.0**127", "FLOAT32_MAX = 1.7e308"),
-        ("the largest is refused", "not abs(number) <= FLOAT32_MAX", "not abs(number) < FLOAT32_MAX"),
+        ("NaN passes", "not abs(number) <= LARGEST_SCORE", "abs(number) > LARGEST_SCORE"),
+        ("negative infinity passes", "not abs(number) <= LARGEST_SCORE", "not number <= LARGEST_SCORE"),
+        ("what float32 holds is enough", "LARGEST_SCORE = 1e15", "LARGEST_SCORE = 3.4e38"),
+        ("the largest is refused", "not abs(number) <= LARGEST_SCORE", "not abs(number) < LARGEST_SCORE"),
         ("huge integers are 0", "        number = math.inf", "        number = 0.0"),
     ],
     "score_in_parts": [

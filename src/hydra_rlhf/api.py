@@ -13,6 +13,7 @@ from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.runtime.measure import PhaseMemory
 from hydra_rlhf.stages import hydra_sft
 from hydra_rlhf.stages.finish import save_policy
+from hydra_rlhf.stages.fits_model import check_examples, check_prompts
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.reward_fn import RewardFunction
@@ -52,6 +53,7 @@ def train_hydra_sft(
     chat = chat_for(model, [Prompt(row.prompt) for row in rows], data)
     examples, _ = chat.tokenize_pairs(rows)
     test_examples, _ = chat.tokenize_pairs(test_rows)
+    check_examples(model, [*examples, *test_examples])
     memory = memory or MemoryConfig()
     session = Session(memory=PhaseMemory(track_tensors=memory.track_tensors))
     train_supervised(
@@ -97,6 +99,7 @@ def train_ppo(
     chat = chat_for(model, train, data)
     tokenized, _ = chat.tokenize_prompts(train)
     seen, _ = chat.tokenize_prompts(test)
+    check_prompts(model, [*tokenized, *seen], config.sampling.max_response_tokens)
     memory = memory or MemoryConfig()
     session = Session(memory=PhaseMemory(track_tensors=memory.track_tensors))
     with open_sources(config.reward, reward_fn=reward_fn) as sources:

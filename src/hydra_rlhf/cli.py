@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_rlhf.cli_bench import add_bench_command
-from hydra_rlhf.cli_evaluation import add_evaluation_commands, positive_int
+from hydra_rlhf.cli_evaluation import add_evaluation_commands, add_trust_option, positive_int
 from hydra_rlhf.errors import ConfigError, HydraError
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ def add_recipe_commands(commands: Any) -> None:
         command = commands.add_parser(name, help=text, description=text, epilog=epilog)
         command.add_argument("recipe", type=Path, help="YAML file")
         command.add_argument("--resume", action="store_true", help="continue the run that is there")
-        command.add_argument(
-            "--trust-remote-code", action="store_true", help="let the model's repository run its own Python code"
-        )
+        add_trust_option(command)
         command.set_defaults(command=run, until=until, takes_settings=True)
     text = "the whole pipeline on the built-in world with a tiny model trained from nothing, on a CPU, with a report"
     command = commands.add_parser("demo", help=text, description=text, epilog=epilog)
@@ -86,6 +84,7 @@ def add_recipe_commands(commands: Any) -> None:
     command.add_argument("--method", action="append", help="plan this method only (repeatable)")
     command.add_argument("--probe", action="store_true", help="run one tiny step and correct the plan by it")
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_trust_option(command)
     command.set_defaults(command=plan, takes_settings=True)
     command = commands.add_parser("settings", help="every setting of a recipe with its default")
     command.set_defaults(command=settings)
@@ -102,12 +101,14 @@ def add_run_commands(commands: Any) -> None:
     command.add_argument("--num-prompts", type=positive_int, default=3, help="how many held-out prompts")
     command.add_argument("--checkpoint", choices=["last", "best"], default="last")
     command.add_argument("--seed", type=int, default=0)
+    add_trust_option(command)
     command.set_defaults(command=sample)
     command = commands.add_parser("export", help="folders that transformers, PEFT and vLLM load")
     command.add_argument("run", type=Path, help="run folder")
     command.add_argument("out", type=Path, help="folder to write")
     command.add_argument("--format", choices=["peft", "merged", "reward-model"], required=True)
     command.add_argument("--checkpoint", choices=["last", "best"], default="last")
+    add_trust_option(command)
     command.set_defaults(command=export)
     command = commands.add_parser("data", help="what a data file holds and what is wrong with it")
     actions = command.add_subparsers(required=True, metavar="ACTION")
@@ -159,8 +160,8 @@ def plan(args: argparse.Namespace) -> None:
     if args.probe:
         from hydra_rlhf.stages.probe_step import probe_step
 
-        corrections = probe_step(recipe)
-    planned = plan_methods(recipe, methods_named(args.method), corrections)
+        corrections = probe_step(recipe, trust_remote_code=args.trust_remote_code)
+    planned = plan_methods(recipe, methods_named(args.method), corrections, trust_remote_code=args.trust_remote_code)
     if args.json:
         print(json.dumps(planned, indent=1))
     else:
@@ -187,7 +188,12 @@ def sample(args: argparse.Namespace) -> None:
 
     print_samples(
         sample_side_by_side(
-            args.run, prompts=args.prompt, num_prompts=args.num_prompts, checkpoint=args.checkpoint, seed=args.seed
+            args.run,
+            prompts=args.prompt,
+            num_prompts=args.num_prompts,
+            checkpoint=args.checkpoint,
+            seed=args.seed,
+            trust_remote_code=args.trust_remote_code,
         )
     )
 
@@ -196,7 +202,13 @@ def export(args: argparse.Namespace) -> None:
     """`export`: write a run's result in a format others load."""
     from hydra_rlhf.stages.finished import export_run
 
-    export_run(args.run, args.out, format=args.format, checkpoint=args.checkpoint)
+    export_run(
+        args.run,
+        args.out,
+        format=args.format,
+        checkpoint=args.checkpoint,
+        trust_remote_code=args.trust_remote_code,
+    )
     print(args.out)
 
 

@@ -62,6 +62,13 @@ def add_evaluation_commands(commands: Any) -> None:
     command.set_defaults(command=compare)
 
 
+def add_trust_option(command: argparse.ArgumentParser) -> None:
+    """`--trust-remote-code`: models' own code runs only where the command says so, never because a file does."""
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="let the model's repository run its own Python code"
+    )
+
+
 def add_judge_options(command: argparse.ArgumentParser) -> None:
     """What both commands may be asked for."""
     command.add_argument("--judge", action="append", default=[], metavar="SPEC", help="who judges; see below")
@@ -75,6 +82,7 @@ def add_judge_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--rouge", action="store_true", help="ROUGE against the chosen responses (needs the `eval` extra)"
     )
+    add_trust_option(command)
 
 
 def positive_int(text: str) -> int:
@@ -98,6 +106,7 @@ def evaluate(args: argparse.Namespace) -> None:
         judges=args.judge,
         best_of=args.best_of,
         with_rouge=args.rouge,
+        trust_remote_code=args.trust_remote_code,
     )
     print_numbers(numbers)
     print_judges(numbers.get("players", []), numbers.get("judges", []))
@@ -118,6 +127,7 @@ def compare(args: argparse.Namespace) -> None:
         best_of=args.best_of,
         seed=args.seed,
         with_rouge=args.rouge,
+        trust_remote_code=args.trust_remote_code,
     )
     page = write_comparison(comparison, args.json)
     print_judges([player["name"] for player in comparison["players"]], comparison["judges"])

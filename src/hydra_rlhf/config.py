@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, dataclasses
 
-from hydra_rlhf.config_checks import BYTES, BYTES_OR_AUTO, STRICT, Count, Positive, PositiveInt, Share
+from hydra_rlhf.config_checks import STRICT, Bytes, BytesOrAuto, Count, Positive, PositiveInt, Share
 from hydra_rlhf.config_stages import HydraSFTConfig as HydraSFTConfig
 from hydra_rlhf.config_stages import OptimizerConfig as OptimizerConfig
 from hydra_rlhf.config_stages import PPOConfig as PPOConfig
@@ -106,13 +106,13 @@ class StartConfig:
 class MemoryConfig:
     """How much memory a run may use, and what it does to stay within it; nothing here changes what is learned."""
 
-    budget: Annotated[str, Field(pattern=BYTES_OR_AUTO)] = "auto"
+    budget: BytesOrAuto = "auto"
     """Bytes the run may use, e.g. 24GiB; `auto` is most of what is free on the device when the run starts."""
     checkpointing: Literal["none", "layers", "auto"] = "auto"
     """Layers recomputed in backward instead of kept: none, all, or as few as the budget needs."""
     offload: bool = False
     """Keep what checkpointed layers save in pinned host memory (CUDA only): less memory for some transfer."""
-    logit_tile: Annotated[str, Field(pattern=BYTES)] = "32MiB"
+    logit_tile: Bytes = "32MiB"
     """Largest block of logits (tokens x vocabulary, float32) that may exist at once."""
     track_tensors: bool = False
     """Count the exact bytes of all tensors in each phase, into memory.json; slows a run down."""
@@ -134,7 +134,7 @@ class EvaluationConfig:
 class RuntimeConfig:
     """The machine's side of a run; nothing here changes what is learned, except by summation order."""
 
-    num_threads: PositiveInt | None = None
+    num_threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """CPU threads of torch; none = its own default. Stored in the run, because it changes summation order."""
     deterministic: bool = True
     """Ask torch for deterministic kernels, so that a resumed run repeats bit for bit."""

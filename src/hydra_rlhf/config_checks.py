@@ -3,7 +3,7 @@
 import re
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from hydra_rlhf.errors import ConfigError
 
@@ -12,15 +12,14 @@ if TYPE_CHECKING:
 
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LARGEST = 1e30
+"""Numbers in settings meet float32 tensors."""
+Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]
+Finite = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
-BYTES = r"^\d+(\.\d+)?(B|KiB|MiB|GiB|KB|MB|GB)$"
-"""How a number of bytes is written."""
-BYTES_OR_AUTO = rf"{BYTES}|^auto$"
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 STRICT = ConfigDict(extra="forbid")
@@ -33,6 +32,26 @@ def parse_bytes(text: str) -> int:
     if found is None:
         raise ConfigError(f"{text!r} is not a number of bytes; write it as 24GiB, 512MiB or 1000000B")
     return int(float(found[1]) * UNITS[found[2]])
+
+
+def check_bytes(text: str) -> str:
+    """The text, if it is a number of bytes above zero. Raises `ValueError`, which pydantic reports with the setting."""
+    try:
+        num_bytes = parse_bytes(text)
+    except ConfigError:
+        num_bytes = 0
+    if num_bytes < 1:
+        raise ValueError("not a number of bytes above zero; write it as 24GiB, 512MiB or 1000000B")
+    return text
+
+
+def check_bytes_or_auto(text: str) -> str:
+    """As `check_bytes`, or `auto`."""
+    return text if text == "auto" else check_bytes(text)
+
+
+Bytes = Annotated[str, AfterValidator(check_bytes)]
+BytesOrAuto = Annotated[str, AfterValidator(check_bytes_or_auto)]
 
 
 def check_ppo(config: "PPOConfig") -> None:

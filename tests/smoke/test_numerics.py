@@ -57,7 +57,7 @@ def nan_from_call(function: Callable[..., LossOutput], first: int, last: float =
 
 @pytest.mark.parametrize(
     "value",
-    [math.inf, -math.inf, math.nan, 1e39, -1e300, 10**400, [0.0, math.nan], [3e38] * 6, "1.0", None, [[1.0]]],
+    [math.inf, -math.inf, math.nan, 1e20, -1e300, 10**400, [0.0, math.nan], [3e38] * 6, "1.0", None, [[1.0]]],
     ids=lambda value: str(value)[:12],
 )
 def test_a_reward_that_is_no_finite_number_is_refused(value: Any) -> None:

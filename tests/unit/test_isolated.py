@@ -124,7 +124,7 @@ def test_scores_come_back(name, expected, start, capfd):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("bad_values", "returned nan; a finite float32 is needed"),
+        ("bad_values", "returned nan; a finite number of at most 1e15 is needed"),
         ("too_few", "returned 1 values for 2 responses"),
         ("raises", "raised LookupError: no such thing"),
         ("leaves", "raised SystemExit: 5"),

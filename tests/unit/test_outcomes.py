@@ -6,7 +6,7 @@ import pytest
 
 from hydra_rlhf.stages.scoring import outcomes
 
-LARGEST = 3.4028234663852886e38
+LARGEST = 1e15
 
 
 def request(num=3):
@@ -44,19 +44,19 @@ def test_numbers(value, expected):
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (math.nan, "returned nan; a finite float32 is needed"),
-        (-math.inf, "returned -inf; a finite float32 is needed"),
-        (1e39, "returned 1e+39; a finite float32 is needed"),
-        (10**400, "; a finite float32 is needed"),
-        ("1.0", "returned '1.0'; a finite float32 is needed"),
-        (b"1.0", "returned b'1.0'; a finite float32 is needed"),
+        (math.nan, "returned nan; a finite number of at most 1e15 is needed"),
+        (-math.inf, "returned -inf; a finite number of at most 1e15 is needed"),
+        (1e39, "returned 1e+39; a finite number of at most 1e15 is needed"),
+        (10**400, "; a finite number of at most 1e15 is needed"),
+        ("1.0", "returned '1.0'; a finite number of at most 1e15 is needed"),
+        (b"1.0", "returned b'1.0'; a finite number of at most 1e15 is needed"),
         (None, "returned None, not a number"),
         ({}, "returned {}, not a number"),
         (Raises(), "not a number"),
         ([1.0, 2.0], "returned 2 token rewards for 3 response tokens"),
         ([1.0] * 4, "returned 4 token rewards for 3 response tokens"),
-        ([1.0, math.nan, 2.0], "returned nan; a finite float32 is needed"),
-        ([3e38, 3e38, 0.0], "returned 6e+38; a finite float32 is needed"),
+        ([1.0, math.nan, 2.0], "returned nan; a finite number of at most 1e15 is needed"),
+        ([9e14, 9e14, 0.0], "returned 1800000000000000.0; a finite number of at most 1e15 is needed"),
         ([[1.0], 0.0, 0.0], "returned [1.0], not a number"),
     ],
 )

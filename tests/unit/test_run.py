@@ -98,6 +98,7 @@ def test_a_run_that_stopped_before_its_first_step_begins_anew_with_other_setting
 
 def test_changed_settings_are_refused_with_what_differs(recipe):
     with Run.open(recipe, resume=False) as run:
+        run.begin_stage("ppo")
         run.log("ppo", 1, {})
     changed = replace(recipe, seed=3, ppo=replace(recipe.ppo, kl_coef=0.05), data=DataConfig(columns={"prompt": "q"}))
     with pytest.raises(CheckpointError) as caught:

@@ -115,7 +115,7 @@ def test_request_and_reply(server: Server) -> None:
     ("answer", "expected"),
     [
         (give(200, {"scores": [1, None]}), [1.0, Failure("returned None, not a number")]),
-        (give(200, b'{"scores": [NaN, 2]}'), [Failure("returned nan; a finite float32 is needed"), 2.0]),
+        (give(200, b'{"scores": [NaN, 2]}'), [Failure("returned nan; a finite number of at most 1e15 is needed"), 2.0]),
         (give(200, {"scores": [1]}), [Failure("returned 1 values for 2 responses")] * 2),
         (give(200, {"scores": "12"}), [Failure("returned '12', not a list of scores")] * 2),
         (give(200, {"score": [1, 2]}), [Failure('answered without "scores" (attempt 1 of 3)')] * 2),

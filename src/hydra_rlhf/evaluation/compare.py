@@ -50,6 +50,7 @@ def compare_runs(
     best_of: int | None,
     seed: int,
     with_rouge: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """The content of compare.json. Runs, prompts and judges are checked before any policy is loaded; then one policy is
     in memory at a time. Raises `ConfigError` for runs that hold out other prompts."""
@@ -59,12 +60,20 @@ def compare_runs(
         run=first.folder,
         is_world=first.recipe.data.train == WORLD,
         has_reward=first.recipe.ppo.reward.reward_model_coef != 0,
+        trust_remote_code=trust_remote_code,
     )
     specs = list(dict.fromkeys(judges)) or default_judges(setting)
     for spec in specs:
         read_judge(spec, setting)
     questions = shared_questions(contenders, num_prompts or first.recipe.evaluation.num_prompts)
-    entries = collect_answers(contenders, questions, checkpoint=checkpoint, best_of=best_of, seed=seed)
+    entries = collect_answers(
+        contenders,
+        questions,
+        checkpoint=checkpoint,
+        best_of=best_of,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
     players = list(dict.fromkeys(entry.player for entry in entries))
     held: list[dict[str, Any]] = []
     for spec in specs:
@@ -147,14 +156,20 @@ def shared_questions(contenders: Sequence[Contender], num_prompts: int) -> Quest
 
 
 def collect_answers(
-    contenders: Sequence[Contender], questions: Questions, *, checkpoint: str, best_of: int | None, seed: int
+    contenders: Sequence[Contender],
+    questions: Questions,
+    *,
+    checkpoint: str,
+    best_of: int | None,
+    seed: int,
+    trust_remote_code: bool = False,
 ) -> list[Answers]:
     """Every run's answers, those of the start first; policies are loaded one after the other."""
     starts: list[Answers] = []
     actors: list[Answers] = []
     extra: list[Answers] = []
     for contender in contenders:
-        finished = load_finished(contender.folder, checkpoint)
+        finished = load_finished(contender.folder, checkpoint, trust_remote_code=trust_remote_code)
         rows = [Prompt(p, columns) for p, columns in zip(questions.prompts, questions.columns, strict=True)]
         prompts, _ = finished.chat.tokenize_prompts(rows)
         for role, collected in (("reference", starts), ("actor", actors)):

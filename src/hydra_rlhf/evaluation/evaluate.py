@@ -1,6 +1,7 @@
 """`hydra-rlhf eval`: a finished run measured again, by any judges, with best of n beside it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def evaluate_again(
     judges: Sequence[str] = (),
     best_of: int | None = None,
     with_rouge: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[dict[str, Any], Path]:
     """The numbers of `summary.json` for one checkpoint, what each judge says, and the file they are written to.
 
@@ -33,17 +35,20 @@ def evaluate_again(
     """
     recipe = Run.load(folder).recipe
     setting = Setting(
-        run=folder, is_world=recipe.data.train == WORLD, has_reward=recipe.ppo.reward.reward_model_coef != 0
+        run=folder,
+        is_world=recipe.data.train == WORLD,
+        has_reward=recipe.ppo.reward.reward_model_coef != 0,
+        trust_remote_code=trust_remote_code,
     )
     specs = list(dict.fromkeys(judges)) or (default_judges(setting) if best_of else [])
     for spec in specs:
         read_judge(spec, setting)
-    finished = load_finished(folder, checkpoint)
+    finished = load_finished(folder, checkpoint, trust_remote_code=trust_remote_code)
     run = finished.run
     raw = load_raw(recipe.data, seed=recipe.seed)
     data = tokenize(raw, finished.chat)
     count = num_prompts or recipe.evaluation.num_prompts
-    with open_sources(recipe.ppo.reward, model=recipe.model) as sources:
+    with open_sources(recipe.ppo.reward, model=recipe.model, trust_remote_code=trust_remote_code) as sources:
         measured = measure(
             recipe,
             finished.model,
@@ -72,7 +77,7 @@ def evaluate_again(
         if best_of:
             entries.append(best_of_n(finished, data.test_prompts[:count], best_of, seed=recipe.seed))
             numbers["best_of_n_kl_bound"] = entries[-1].notes["kl_bound"]
-        loaded = Setting(run=folder, is_world=setting.is_world, has_reward=setting.has_reward, loaded=finished)
+        loaded = replace(setting, loaded=finished)
         held: list[Judge] = [read_judge(spec, loaded) for spec in specs]
         numbers["players"] = [entry.player for entry in entries]
         numbers["judges"] = [hold_tournament(judge, questions, entries, seed=recipe.seed) for judge in held]

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,8 @@ class Setting:
     """Whether `run` has a reward head."""
     loaded: Finished | None = None
     """`run`, where it is in memory anyway."""
+    trust_remote_code: bool = False
+    """Whether code of a model's repository may run."""
 
 
 def default_judges(setting: Setting) -> list[str]:
@@ -94,11 +96,11 @@ def read_judge(spec: str, setting: Setting) -> Judge:
             raise ConfigError("--judge gold: only the built-in world (data.train=world) has a gold score")
         return ScoreJudge(name=spec, score=score_by_gold)
     if spec == "reward-head":
-        return ScoreJudge(name=spec, score=partial(score_by_head, setting.run, setting.loaded))
+        return ScoreJudge(name=spec, score=partial(score_by_head, setting.run, setting))
     if kind == "reward-head" and rest:
-        return ScoreJudge(name=spec, score=partial(score_by_head, Path(rest), None))
+        return ScoreJudge(name=spec, score=partial(score_by_head, Path(rest), replace(setting, loaded=None)))
     if kind == "classifier" and rest:
-        return ScoreJudge(name=spec, score=partial(score_by_classifier, read_classifier(spec, rest)))
+        return ScoreJudge(name=spec, score=partial(score_by_classifier, read_classifier(spec, rest), setting))
     if kind == "rule" and rest:
         return ScoreJudge(name=spec, score=partial(score_by_rule, import_function(rest, setting=f"--judge {spec}")))
     if kind == "llm" and rest:
@@ -201,11 +203,9 @@ def score_by_gold(questions: Questions, answers: Sequence[Answers]) -> list[list
     return [[gold_score(prompt, text) for prompt, text in zip(prompts, a.texts, strict=True)] for a in answers]
 
 
-def score_by_head(
-    run: Path, loaded: Finished | None, questions: Questions, answers: Sequence[Answers]
-) -> list[list[float]]:
+def score_by_head(run: Path, setting: Setting, questions: Questions, answers: Sequence[Answers]) -> list[list[float]]:
     """A run's reward head, which reads prompts and answers by that run's tokenizer and template."""
-    finished = loaded or load_finished(run, "last")
+    finished = setting.loaded or load_finished(run, "last", trust_remote_code=setting.trust_remote_code)
     if "reward" not in finished.model.table:
         raise ConfigError(f"{run} scored with a reward function alone and has no reward head to judge with")
     model, chat, limits = finished.model, finished.chat, finished.limits
@@ -213,10 +213,10 @@ def score_by_head(
 
 
 def score_by_classifier(
-    config: ClassifierSource, questions: Questions, answers: Sequence[Answers]
+    config: ClassifierSource, setting: Setting, questions: Questions, answers: Sequence[Answers]
 ) -> list[list[float]]:
     """A reward model of others, loaded once."""
-    classifier = Classifier(config)
+    classifier = Classifier(config, trust_remote_code=setting.trust_remote_code)
     return [classifier.score(questions.texts, questions.prompts, a.texts) for a in answers]
 
 

@@ -32,14 +32,18 @@ FULL_SFT = "full SFT"
 
 
 def plan_methods(
-    recipe: Recipe, methods: tuple[str, ...] = tuple(ROLES), corrections: Mapping[str, float] = NO_CORRECTIONS
+    recipe: Recipe,
+    methods: tuple[str, ...] = tuple(ROLES),
+    corrections: Mapping[str, float] = NO_CORRECTIONS,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Plans of these methods and of full SFT within the recipe's budget, JSON-ready. Raises `ModelError`.
 
     Reads the model's config and no weight. Methods that do not fit say what would make them. `corrections` are measured
     over planned bytes per phase, from a probe.
     """
-    config = find_config(recipe.model)
+    config = find_config(recipe.model, trust_remote_code=trust_remote_code)
     budget = budget_of(recipe)
     rows = {method: plan_method(recipe_for(recipe, method), config, budget, corrections) for method in methods}
     return {

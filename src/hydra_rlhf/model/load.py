@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,6 +27,8 @@ from hydra_rlhf.model.probe import check_trunk
 from hydra_rlhf.model.quantized import QuantizedBase, QuantizedLinear, can_pack
 from hydra_rlhf.model.trunk import Trunk, text_config
 
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
+"""What transformers and the hub raise for files that are missing, damaged, or hold other types than they should."""
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 SCRATCH_SHAPES: Mapping[str, dict[str, Any]] = {
@@ -124,7 +127,7 @@ def load_base(path: str, config: ModelConfig, *, revision: str | None, trust_rem
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise ModelError(f"model.path={path!r} cannot be loaded as a causal LM: {first_line(error)}") from error
     model, report = loaded
     trunk, device = Trunk(model), pick_device(config.device)
@@ -210,7 +213,7 @@ def load_tokenizer(path: str, config: ModelConfig, *, trust_remote_code: bool = 
             local_files_only=config.offline,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise ModelError(f"model.path={path!r} has no tokenizer that can be loaded: {first_line(error)}") from error
 
 
@@ -241,4 +244,5 @@ def first_line(error: Exception) -> str:
     """The first line of a library's message, which says what is wrong; of the advice after it only what holds here."""
     lines = str(error).strip().splitlines()
     advice = "; if you trust it, give --trust-remote-code" if "trust_remote_code" in str(error) else ""
-    return (lines[0].rstrip(" .") if lines else type(error).__name__) + advice
+    text = " ".join(line.strip() for line in lines[: 1 + bool(lines and lines[0].endswith(":"))])
+    return (text.rstrip(" .") or type(error).__name__) + advice

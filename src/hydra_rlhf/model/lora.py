@@ -5,7 +5,7 @@ gives the right gradients whatever is in use by then. Recomputation under activa
 captured stack through `recompute_contexts`. There is no way to switch an adapter on and leave it on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -172,6 +172,13 @@ def find_linears(decoder: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.M
             names = sorted({path.rsplit(".", 1)[-1] for path in found})
             raise ConfigError(f"lora.targets: no linear is called {target!r}; this model has {', '.join(names)}")
     return {path: m for path, m in found.items() if any(f".{path}".endswith(f".{target}") for target in targets)}
+
+
+def check_rank(linears: Iterable[nn.Module], rank: int) -> None:
+    """Raise `ConfigError` for a rank that no matrix has: the update would be larger than what it updates."""
+    full = max(min(linear_features(linear)) for linear in linears)
+    if rank > full:
+        raise ConfigError(f"lora.rank={rank} is above the full rank of the largest adapted matrix; use at most {full}")
 
 
 def wrap_linears(decoder: nn.Module, switch: AdapterSwitch, targets: tuple[str, ...]) -> dict[str, LoraLinear]:

@@ -16,6 +16,7 @@ from hydra_rlhf.errors import ModelError
 from hydra_rlhf.model.load import (
     DTYPES,
     SCRATCH_SHAPES,
+    UNREADABLE,
     attention_implementation,
     first_line,
     pick_device,
@@ -83,10 +84,11 @@ ALIASES: Mapping[str, str] = {
 """Other names of these shapes."""
 
 
-def find_config(config: ModelConfig) -> PretrainedConfig:
+def find_config(config: ModelConfig, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config of `model.path`: a hub name, a folder, `scratch:NAME` or `shape:NAME`. Raises `ModelError`.
 
-    Reads no weight. A `scratch:` model has as many tokens as `model.scratch_vocab_size`.
+    Reads no weight, and runs code of the model's repository only if the caller says so. A `scratch:` model has as many
+    tokens as `model.scratch_vocab_size`.
     """
     path = config.path
     if path.startswith("scratch:") and (shape := SCRATCH_SHAPES.get(path.removeprefix("scratch:"))):
@@ -96,10 +98,17 @@ def find_config(config: ModelConfig) -> PretrainedConfig:
         known = SHAPES.get(ALIASES.get(name, name))
     else:
         try:
-            return AutoConfig.from_pretrained(
-                path, revision=pinned_revision(path, config), local_files_only=config.offline
+            found = AutoConfig.from_pretrained(
+                path,
+                revision=pinned_revision(path, config),
+                local_files_only=config.offline,
+                trust_remote_code=trust_remote_code,
             )
-        except (OSError, ValueError, KeyError) as error:
+            if trust_remote_code:  # the classes of the repository are known to transformers from here on
+                with torch.device("meta"):
+                    AutoModelForCausalLM.from_config(with_layers(found, 1), trust_remote_code=trust_remote_code)
+            return found
+        except UNREADABLE as error:
             hint = f"; known shapes are {', '.join(SHAPE + name for name in SHAPES)}"
             raise ModelError(
                 f"model.path={path!r} has no config that can be read: {first_line(error)}{hint}"

@@ -21,6 +21,10 @@ LEGEND = (
 )
 
 
+FITS_WITH = "fits with "
+"""How a remedy begins that helps."""
+
+
 def print_plan(plan: Mapping[str, Any], detailed: Collection[str]) -> None:
     """A verdict, one row per method, the phases of each, and for the methods `detailed` how settings were found."""
     console = Console(highlight=False)
@@ -50,12 +54,22 @@ def verdict(plan: Mapping[str, Any]) -> str:
         need = f"{in_unit(plan, row['peak'])} {unit_of(plan)[0]} at its largest phase ({row['peak_phase']})"
         settings = f"micro-batches of {ppo['micro_batch_tokens']:,} tokens, {rows_text(ppo['rollout_rows'])}"
         if not row["fits"]:
-            return f"{name} does not fit {budget}: {need} at the least."
+            return f"{name} does not fit {budget} as it is set: {need} at the least; {row['remedy']}."
         return f"{name} fits {budget}: {need}; stage 2 in {settings}, {layers_text(ppo['checkpointed_layers'], plan)}."
     fitting = [name for name, row in plan["methods"].items() if row["fits"]]
     if not fitting:
-        return f"None of {len(plan['methods'])} methods fits {budget}."
+        return f"None of {len(plan['methods'])} methods fits {budget} as it is set. {best_remedy(plan)}".strip()
     return f"Of {len(plan['methods'])} methods {len(fitting)} fit {budget}: {', '.join(fitting)}."
+
+
+def best_remedy(plan: Mapping[str, Any]) -> str:
+    """The methods that most settings need not be changed for, and which; empty where no change helps."""
+    remedies = {name: row["remedy"] for name, row in plan["methods"].items() if row["remedy"].startswith(FITS_WITH)}
+    if not remedies:
+        return ""
+    fewest = min(remedies.values(), key=lambda text: text.count("="))
+    names = [name for name, text in remedies.items() if text == fewest]
+    return f"With {fewest.removeprefix(FITS_WITH)} {' and '.join(names)} {'fits' if len(names) == 1 else 'fit'}."
 
 
 def budget_text(plan: Mapping[str, Any]) -> str:
@@ -118,10 +132,14 @@ def settings_cells(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> tupl
 
 def remarks(plan: Mapping[str, Any]) -> list[str]:
     """What each method could take at most, or what would make it fit."""
-    return [
+    found = [
         f"{name}: {largest_text(row['largest'])}." if row["fits"] else f"{name}: {row['remedy']}."
         for name, row in plan["methods"].items()
+        if row["fits"] or len(plan["methods"]) > 1  # of a single method the verdict says it
     ]
+    if any("=" in row.get("remedy", "") for row in plan["methods"].values()):
+        found.append("NAME=VALUE is given as --NAME VALUE, or in the recipe.")
+    return found
 
 
 def largest_text(largest: Mapping[str, int]) -> str:

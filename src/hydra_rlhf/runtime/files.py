@@ -1,11 +1,14 @@
 """Files that survive a kill: durable, replaced in one step, and with errors that say what to do."""
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
 from hydra_rlhf.errors import CheckpointError
@@ -60,3 +63,21 @@ def acquire_lock(folder: Path) -> int:
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises `CheckpointError` where it is missing or no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; has the run got that far?") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; restore it from a copy") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises `CheckpointError`."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; restore it from a copy") from error

@@ -23,11 +23,12 @@ from hydra_rlhf.errors import CheckpointError
 from hydra_rlhf.recipes import recipe_differences
 from hydra_rlhf.runtime.checkpoint import Checkpoint, CheckpointStore
 from hydra_rlhf.runtime.environment import describe_environment, redact
-from hydra_rlhf.runtime.files import acquire_lock, clear_write_errors, write_file
+from hydra_rlhf.runtime.files import acquire_lock, clear_write_errors, read_json, read_yaml, write_file
 from hydra_rlhf.runtime.interrupt import StopRequest
 from hydra_rlhf.runtime.measure import PhaseMemory
 from hydra_rlhf.runtime.metrics import JsonLines, strict_json
 from hydra_rlhf.runtime.progress import Progress
+from hydra_rlhf.runtime.resume import change_settings
 
 OFFSETS = "jsonl_bytes"
 """Key under which a checkpoint's state holds the sizes of the JSONL files; taken out again by `Run.restore`."""
@@ -186,7 +187,7 @@ class Run:
 
     def read_json(self, name: str) -> Any:
         """Content of the folder's file `name`. Raises CheckpointError where it is missing or no JSON."""
-        return _read_json(self.folder / name)
+        return read_json(self.folder / name)
 
     def _offsets(self) -> dict[str, int]:
         return {"metrics_bytes": self.metrics.sync(), "samples_bytes": self.samples.sync()}
@@ -217,27 +218,11 @@ def read_recipe(folder: Path) -> Recipe:
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a run folder: {path} does not exist")
     try:
-        return TypeAdapter(Recipe).validate_python(_read_settings(path))
+        return TypeAdapter(Recipe).validate_python(read_yaml(path))
     except ValidationError as error:
         raise CheckpointError(
             f"{path} has settings that this version does not know: {error}; use the version named in environment.json"
         ) from error
-
-
-def _read_settings(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; restore it from a copy") from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; has the run got that far?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; restore it from a copy") from error
 
 
 def _visible_entries(folder: Path) -> list[str]:
@@ -252,12 +237,8 @@ def _prepare(folder: Path, recipe: Recipe, resume: bool) -> None:
             raise CheckpointError(
                 f"{folder} holds a run already; continue it with --resume, choose another name, or delete the folder"
             )
-        differences = recipe_differences(_read_settings(folder / "recipe.yaml"), yaml.safe_load(settings))
-        if differences:
-            raise CheckpointError(
-                f"{folder} was made with other settings (run -> now): {'; '.join(differences)}; continue it with the "
-                "recipe it was made with, or choose another name"
-            )
+        steps = CheckpointStore(folder / "checkpoints" / "ppo", recipe.runtime.keep_checkpoints).steps()
+        change_settings(folder, settings, ppo_steps=max(steps, default=0))
     else:
         # A run that stopped before its first step, at a wrong model path say, has nothing to lose and begins anew.
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
@@ -273,7 +254,7 @@ def _prepare(folder: Path, recipe: Recipe, resume: bool) -> None:
 def _has_work(folder: Path) -> bool:
     """True once a run has logged a step, saved a checkpoint or finished a stage."""
     stages = folder / "stages.json"
-    done = stages.exists() and any(stage["done"] for stage in _read_json(stages).values())
+    done = stages.exists() and any(stage["done"] for stage in read_json(stages).values())
     return done or JsonLines(folder / "metrics.jsonl").size > 0 or any((folder / "checkpoints").glob("*/step-*"))
 
 
@@ -283,6 +264,6 @@ def _record_environment(path: Path) -> None:
     if not path.exists():
         write_file(path, (json.dumps(environment, indent=2) + "\n").encode())
         return
-    changed = recipe_differences(_read_json(path)["versions"], environment["versions"])
+    changed = recipe_differences(read_json(path)["versions"], environment["versions"])
     if changed:
         log.warning("resumed with other versions, so results may not repeat bit for bit: %s", "; ".join(changed))

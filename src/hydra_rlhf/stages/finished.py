@@ -14,6 +14,7 @@ from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.datasets import load_raw
 from hydra_rlhf.stages.finish import load_trained
+from hydra_rlhf.stages.fits_model import check_prompts
 from hydra_rlhf.stages.held_out import sample_and_score
 from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.pipeline import method_table, stage1_folders
@@ -37,7 +38,7 @@ class Finished:
     """The unit of its held-out scores."""
 
 
-def load_finished(folder: Path, checkpoint: str) -> Finished:
+def load_finished(folder: Path, checkpoint: str, *, trust_remote_code: bool = False) -> Finished:
     """A run whose PPO is done, with its `last` or `best` policy.
 
     Raises `CheckpointError` for a folder without a finished PPO.
@@ -47,7 +48,12 @@ def load_finished(folder: Path, checkpoint: str) -> Finished:
     if not run.stage_done("ppo"):
         raise CheckpointError(f"{folder} has no finished PPO; continue it with `hydra-rlhf run RECIPE --resume`")
     model = HydraModel.from_stage1(
-        method_table(recipe), stage1_folders(recipe, run), model=recipe.model, lora=recipe.lora, seed=recipe.seed
+        method_table(recipe),
+        stage1_folders(recipe, run),
+        model=recipe.model,
+        lora=recipe.lora,
+        seed=recipe.seed,
+        trust_remote_code=trust_remote_code,
     )
     _, loaded, limits, moments = load_trained(run, model, checkpoint)
     chat = known_chat_format(run, recipe, model)
@@ -61,19 +67,26 @@ def known_chat_format(run: Run, recipe: Recipe, model: HydraModel) -> ChatFormat
 
 
 def sample_side_by_side(
-    folder: Path, *, prompts: Sequence[str] | None, num_prompts: int, checkpoint: str, seed: int
+    folder: Path,
+    *,
+    prompts: Sequence[str] | None,
+    num_prompts: int,
+    checkpoint: str,
+    seed: int,
+    trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
     """Each prompt with the reference's and the actor's response and their scores; held-out prompts where none is given.
 
     A reward function's columns are not known for prompts given by hand, so with one only held-out prompts can be used.
     """
-    finished = load_finished(folder, checkpoint)
+    finished = load_finished(folder, checkpoint, trust_remote_code=trust_remote_code)
     model, chat, config = finished.model, finished.chat, finished.run.recipe.ppo
     if prompts:
         tokenized, _ = chat.tokenize_prompts(Prompt(prompt) for prompt in prompts)
     else:
         tokenized = held_out_prompts(finished.run.recipe, chat)[:num_prompts]
-    with open_sources(config.reward, model=finished.run.recipe.model) as sources:
+    check_prompts(model, tokenized, config.sampling.max_response_tokens)
+    with open_sources(config.reward, model=finished.run.recipe.model, trust_remote_code=trust_remote_code) as sources:
         rollouts = {
             role: sample_and_score(
                 model,
@@ -107,14 +120,14 @@ def held_out_prompts(recipe: Recipe, chat: ChatFormat) -> list[TokenizedPrompt]:
     return tokenized
 
 
-def export_run(folder: Path, out: Path, *, format: str, checkpoint: str) -> None:
+def export_run(folder: Path, out: Path, *, format: str, checkpoint: str, trust_remote_code: bool = False) -> None:
     """Write the policy as a PEFT adapter (`peft`) or whole (`merged`), or the reward model (`reward-model`).
 
     Raises `ConfigError` for a format that the run's method has not, and for a folder that is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; name a new folder")
-    model = load_finished(folder, checkpoint).model
+    model = load_finished(folder, checkpoint, trust_remote_code=trust_remote_code).model
     actor = model.table["actor"]
     trunk = model.trunk(actor.trunk)
     if format == "merged":

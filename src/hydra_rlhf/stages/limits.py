@@ -9,7 +9,7 @@ import gc
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -52,6 +52,15 @@ class StageLimits:
             # An evaluation has more prompts than a rollout batch; it must not hold more than one.
             rows = config.sampling.batch_rows or config.rollout_batch_size * config.samples_per_prompt
         return cls(micro_batch_tokens=config.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS, rollout_rows=rows)
+
+    def at_most(self, other: "StageLimits") -> "StageLimits":
+        """These limits where they are the smaller ones, else the other's: what a run that is taken up may hold."""
+        rows = [rows for rows in (self.rollout_rows, other.rollout_rows) if rows is not None]
+        return replace(
+            self,
+            micro_batch_tokens=min(self.micro_batch_tokens, other.micro_batch_tokens),
+            rollout_rows=min(rows, default=None),
+        )
 
     def halve_micro_batch(self, num_items: int, num_tokens: int, reason: str) -> None:
         """Make micro-batches small enough to cut one of `num_items` sequences (or pairs), `num_tokens` when padded.

@@ -13,11 +13,11 @@ from hydra_rlhf.config import Recipe, SupervisedConfig
 from hydra_rlhf.config_checks import parse_bytes
 from hydra_rlhf.data.formats import ChatFormat, chat_format
 from hydra_rlhf.data.scratch_tokenizer import scratch_tokenizer
-from hydra_rlhf.errors import ConfigError
+from hydra_rlhf.errors import ConfigError, OutOfMemoryError
 from hydra_rlhf.model.export import STAGE1_ADAPTER, load_peft_adapter, save_stage1
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.load import load_tokenizer, load_trunk, scratch_trunk
-from hydra_rlhf.model.lora import find_linears
+from hydra_rlhf.model.lora import check_rank, find_linears
 from hydra_rlhf.model.roles import ROLES, STAGE1_TABLES, RoleTable, stage1_models, without_roles
 from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.runtime.randomness import seed_for
@@ -26,7 +26,9 @@ from hydra_rlhf.stages import hydra_sft, reward_model, sft
 from hydra_rlhf.stages.datasets import Datasets, RawData, load_raw, tokenize
 from hydra_rlhf.stages.examples import Example
 from hydra_rlhf.stages.finish import evaluate_run, record_costs, save_policy
+from hydra_rlhf.stages.fits_model import check_datasets
 from hydra_rlhf.stages.held_out import HeldOut
+from hydra_rlhf.stages.limits import is_out_of_memory
 from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.quantized_start import check_packages, check_quantization, check_start_base
 from hydra_rlhf.stages.scoring.kinds import open_sources
@@ -36,6 +38,11 @@ from hydra_rlhf.stages.settle import settle_ppo, settle_stage1
 from hydra_rlhf.stages.supervised import Loss, train_supervised
 
 SCRATCH = "scratch:"
+UNCUT = (
+    "memory ran out where work cannot be cut into smaller parts, loading a model or in an optimizer's step ({}); free "
+    "memory and go on with --resume, or begin anew with a smaller lora.rank, ppo.optimizer=adamw-8bit, "
+    "model.dtype=bfloat16 or model.quantization=nf4: `hydra-rlhf plan RECIPE` says what would fit"
+)
 ALL_STAGES = ("sft", "reward_model", "hydra_sft", "ppo", "evaluation")
 
 
@@ -87,6 +94,10 @@ def run_recipe(
         )
         try:
             run_stages(job, ALL_STAGES.index(until))
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(UNCUT.format(str(error).strip().partition("\n")[0])) from error
+            raise
         finally:
             record_costs(run, job.session, time.monotonic() - started)
     return run.folder
@@ -137,7 +148,8 @@ def train_stage1(job: Job, stage: str, folders: dict[str, str]) -> None:
     """Train one stage-1 model and write it to the run folder."""
     recipe = job.recipe
     trunk = first_trunk(job, stage, folders)
-    find_linears(trunk.decoder, recipe.lora.targets)  # a wrong target is told before stage 1, not after it
+    # A wrong target or rank is told before stage 1, not after it.
+    check_rank(find_linears(trunk.decoder, recipe.lora.targets).values(), recipe.lora.rank)
     table = STAGE1_TABLES[stage]
     if stage == "sft" and recipe.start.sft_adapter is not None:
         load_peft_adapter(trunk, STAGE1_ADAPTER, Path(recipe.start.sft_adapter))
@@ -197,6 +209,7 @@ def prepare_data(job: Job, model: HydraModel) -> tuple[ChatFormat, Datasets]:
     """The chat format of a model's tokenizer, and every row as ids; writes data.json."""
     chat = chat_format(job.recipe.data, model.tokenizer, job.raw.train.prompts, eos_id=model.eos_id)
     data = tokenize(job.raw, chat)
+    check_datasets(model, data, job.recipe.ppo.sampling.max_response_tokens)
     job.run.write_json("data.json", data.summary)
     job.run.write_json("chat.json", {"template": chat.template})
     return chat, data

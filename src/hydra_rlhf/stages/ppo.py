@@ -51,7 +51,8 @@ def train_ppo_stage(
     """Stage 2 on a model that stage 1 left. Resumes from the run's newest checkpoint; returns the final state."""
     optimizers = build_optimizers(model, config)
     fresh = PPOState(kl_coef=config.kl_coef, limits=limits or StageLimits.of(config))
-    state = restore(session.begin("ppo"), model, optimizers) or fresh
+    restored = restore(session.begin("ppo"), model, optimizers)
+    state = fresh if restored is None else replace(restored, limits=restored.limits.at_most(fresh.limits))
     saved_step = state.step
     with session.progress("ppo", config.num_steps, done=state.step) as progress:
         while state.step < config.num_steps:

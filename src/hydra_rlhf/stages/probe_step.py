@@ -25,13 +25,13 @@ HELD = ("weights", "adapters", "gradients", "optimizer", "batch", "cache")
 """Parts that are counted and need no correction."""
 
 
-def probe_step(recipe: Recipe) -> dict[str, float]:
+def probe_step(recipe: Recipe, *, trust_remote_code: bool = False) -> dict[str, float]:
     """Measured over planned bytes of the activations and logits of each phase of stage 2.
 
     Runs `NUM_LAYERS` layers of the model's shape with random weights, on the recipe's device. On CUDA the allocator is
     asked, which also sees what kernels take for themselves; on the CPU every tensor is counted.
     """
-    config = with_layers(find_config(recipe.model), NUM_LAYERS)
+    config = with_layers(find_config(recipe.model, trust_remote_code=trust_remote_code), NUM_LAYERS)
     work = replace(
         workload_of(recipe),
         prompt_tokens=PROMPT_TOKENS,

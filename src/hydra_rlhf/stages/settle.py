@@ -49,16 +49,25 @@ def settle(recipe: Recipe, model: HydraModel, stage: str, work: Workload, run: R
     Raises `ConfigError` where a named budget cannot be kept. With `memory.budget=auto` the smallest settings are tried.
     """
     known: dict[str, Any] = run.read_json(PLAN_FILE) if run is not None and (run.folder / PLAN_FILE).exists() else {}
-    if stage not in known:
-        known[stage] = decide(recipe, model, stage, work)
+    asked = asked_of(recipe, stage)
+    if stage not in known or known[stage].get("asked") != asked:
+        known[stage] = {"asked": asked, **decide(recipe, model, stage, work)}
         if run is not None:
             run.write_json(PLAN_FILE, known)
     chosen = known[stage]
     model.logit_tile_bytes = parse_bytes(recipe.memory.logit_tile)
+    offload = offloads(recipe.memory, model)
     if chosen["checkpointed_layers"]:
-        model.enable_checkpointing(chosen["checkpointed_layers"], offload=offloads(recipe.memory, model))
+        model.enable_checkpointing(chosen["checkpointed_layers"], offload=offload)
     rows = chosen["rollout_rows"] if stage == "ppo" else None
     return StageLimits(micro_batch_tokens=chosen["micro_batch_tokens"], rollout_rows=rows)
+
+
+def asked_of(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The settings that a decision was made for: a run that is resumed with others decides again."""
+    rows = {"batch_rows": recipe.ppo.sampling.batch_rows} if stage == "ppo" else {}
+    memory = {name: getattr(recipe.memory, name) for name in ("budget", "checkpointing")}
+    return {**memory, "micro_batch_tokens": getattr(recipe, stage).micro_batch_tokens, **rows}
 
 
 def decide(recipe: Recipe, model: HydraModel, stage: str, work: Workload) -> dict[str, Any]:

@@ -196,13 +196,13 @@ def add_gradients(
 def restore(
     checkpoint: Checkpoint | None, parameters: dict[str, nn.Parameter], optimizer: Optimizer, limits: StageLimits
 ) -> tuple[int, StageLimits]:
-    """Load a checkpoint, if there is one; returns the number of steps done, and its limits instead of `limits`."""
+    """Load a checkpoint, if there is one; returns the number of steps done, and the limits: `limits`, or less."""
     if checkpoint is None:
         return 0, limits
     for name, parameter in parameters.items():
         parameter.copy_(checkpoint.tensors["model"][name])
     optimizer.load_state(checkpoint.tensors["optimizer"])
-    return checkpoint.step, StageLimits(**checkpoint.state["limits"])
+    return checkpoint.step, StageLimits(**checkpoint.state["limits"]).at_most(limits)
 
 
 def commit(

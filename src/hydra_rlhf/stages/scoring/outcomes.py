@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-FLOAT32_MAX = (2 - 2**-23) * 2.0**127
-"""Scores become float32 tensors; nothing larger can be held."""
+LARGEST_SCORE = 1e15
+"""Losses square scores and add them up in float32, which ends at 3e38."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +91,15 @@ def check_value(value: Any, length: int) -> Outcome:
 
 
 def check_number(value: Any) -> float | Failure:
-    """A float that float32 can hold, or what was there instead."""
+    """A float that losses can work with, or what was there instead."""
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     except Exception:  # whatever the value's own conversion raises
         return Failure(f"returned {reprlib.repr(value)}, not a number")
-    if isinstance(value, str | bytes) or not abs(number) <= FLOAT32_MAX:
-        return Failure(f"returned {reprlib.repr(value)}; a finite float32 is needed")
+    if isinstance(value, str | bytes) or not abs(number) <= LARGEST_SCORE:
+        return Failure(f"returned {reprlib.repr(value)}; a finite number of at most 1e15 is needed")
     return number
 
 
