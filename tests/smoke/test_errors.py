@@ -12,6 +12,7 @@ import torch
 import yaml
 from contract.tiny import tiny_trunk, tokenizer
 
+from hydra_rlhf.cli import build_parser
 from hydra_rlhf.model import hydra
 from hydra_rlhf.model.export import save_stage1
 from hydra_rlhf.stages import pipeline
@@ -393,6 +394,9 @@ def test_code_of_a_models_repository_does_not_run_unless_asked(tmp_path: Path, r
     assert f"model.path='{folder}'" in error
     assert "--trust-remote-code" in error
     assert not canary.exists()
+    # The plan reads the config: it neither runs the code nor asks on the terminal whether it may.
+    assert "--trust-remote-code" in refused("ModelError", "plan", "--model", str(folder))
+    assert not canary.exists()
     # A family that transformers has itself is loaded from there, whatever the folder brings along.
     (folder / "config.json").write_text(json.dumps(config | {"trust_remote_code": True}))
     write_recipe(Path("known.yaml"), name="known", model__path=str(folder), data__chat_template="none")
@@ -402,6 +406,10 @@ def test_code_of_a_models_repository_does_not_run_unless_asked(tmp_path: Path, r
     write_recipe(Path("asked.yaml"), name="asked", model__path=str(folder), data__chat_template="none")
     exit_code("hydra-sft", "asked.yaml", "--trust-remote-code")
     assert canary.exists(), "the canary would have been seen"
+    # Whatever loads a run's model has the option.
+    for words in (["eval", "r"], ["sample", "r"], ["compare", "r"], ["export", "r", "o", "--format", "peft"]):
+        assert build_parser().parse_args([*words, "--trust-remote-code"]).trust_remote_code
+        assert not build_parser().parse_args(words).trust_remote_code
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
