@@ -25,7 +25,7 @@ BLOCK = re.compile(r"(<!-- begin: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTA
 COMMANDS = {
     "memory": "python benchmarks/memory.py --out benchmarks/results/memory.json",
     "speed": "python benchmarks/speed.py --out benchmarks/results/speed.json",
-    "gpu": "python benchmarks/gpu.py --out benchmarks/results/gpu.json",
+    "gpu": "python benchmarks/gpu_table.py --out benchmarks/results/gpu.json",
 }
 """What makes each result file."""
 Table = tuple[str, str, Callable[[Mapping[str, Any]], str]]

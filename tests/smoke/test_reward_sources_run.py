@@ -16,9 +16,9 @@ from hydra_rlhf.cli import recipe_with_overrides
 from hydra_rlhf.config import RewardConfig
 from hydra_rlhf.config_rewards import RegexSource
 from hydra_rlhf.errors import RewardFunctionError
+from hydra_rlhf.evaluation.evaluate import evaluate_again
 from hydra_rlhf.reporting.render import render_report
 from hydra_rlhf.runtime.run import Run, read_recipe
-from hydra_rlhf.stages.finished import evaluate_again
 from hydra_rlhf.stages.pipeline import run_recipe
 from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.scoring.kinds import open_sources

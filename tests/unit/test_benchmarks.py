@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_recipe
 import decode_floor
-import gpu
+import gpu_table
 import memory
 import memory_kept
 import memory_peers
@@ -311,14 +311,14 @@ def test_the_gpu_table_is_made_row_by_row_on_any_device(tmp_path: Path, monkeypa
     monkeypatch.setattr(bench, "this_machine", lambda *which: machine.measure_machine(*which, **little))
     out = tmp_path / "gpu.json"
     sizes = ["--batch", "1", "--prompt-tokens", "2", "--response-tokens", "2", "--rank", "2", "--iterations", "1"]
-    tiny = ["gpu.py", "--out", str(out), "--shape", "smollm2-135m", "--device", "cpu", *sizes, "--max-batch", "2"]
+    tiny = ["gpu_table.py", "--out", str(out), "--shape", "smollm2-135m", "--device", "cpu", *sizes, "--max-batch", "2"]
     monkeypatch.setattr(sys, "argv", [*tiny, "--part", "methods", "--method", "j-hydra-ppo"])
-    gpu.main()
+    gpu_table.main()
     # A shape's name is all that is special about a small one.
     monkeypatch.setattr(sys, "argv", [word.replace("smollm2-135m", "scratch:tiny") for word in tiny])
-    monkeypatch.setattr(gpu, "CURVE_METHODS", ("hydra-ppo",))
+    monkeypatch.setattr(gpu_table, "CURVE_METHODS", ("hydra-ppo",))
     sys.argv += ["--dtype", "float32", "--part", "nf4", "--part", "curve", "--budgets", "1GiB", "450MiB"]
-    gpu.main()
+    gpu_table.main()
     found = json.loads(out.read_text())
     assert [(row["method"], row["status"]) for row in found["methods"]["rows"]] == [("j-hydra-ppo", "measured")]
     assert found["nf4"]["bench"]["quantization"] == "nf4"

@@ -89,12 +89,13 @@ def test_the_python_functions_ask_too():
 
 def test_a_rank_that_no_matrix_has():
     hydra = tiny_hydra("hydra-ppo")
-    trunk = hydra.trunk("hydra")
-    full = max(min(linear.linear.weight.shape) for linear in trunk.lora_linears.values())
-    options = {"alpha": 1.0, "targets": ("all-linear",), "dtype": torch.float32, "seed_of": len}
-    trunk.add_adapter("most", rank=full, **options)
+    full = max(min(linear.linear.weight.shape) for linear in hydra.trunk("hydra").lora_linears.values())
+    hydra.lora = LoraConfig(rank=full)
+    check_prompts(hydra, [TokenizedPrompt([5], "")], 1)
+    hydra.lora = LoraConfig(rank=full + 1)
     with pytest.raises(ConfigError, match=rf"lora\.rank={full + 1} is above .*at most {full}$"):
-        trunk.add_adapter("more", rank=full + 1, **options)
+        check_prompts(hydra, [TokenizedPrompt([5], "")], 1)
+    check_prompts(tiny_hydra("ppo"), [TokenizedPrompt([5], "")], 1)  # adapts nothing
 
 
 def test_limits_of_a_run_that_is_taken_up_only_shrink():

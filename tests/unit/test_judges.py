@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -115,6 +116,9 @@ def rules(tmp_path, monkeypatch):
         "def nan(prompts, responses): return [float('nan')] * len(responses)\n"
     )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "house_rules", raising=False)  # other tests have house rules of their own
+    yield
+    sys.modules.pop("house_rules", None)
 
 
 @pytest.mark.usefixtures("rules")

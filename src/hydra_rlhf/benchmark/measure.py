@@ -14,8 +14,10 @@ from hydra_rlhf.benchmark.subject import bench_prompts, build_model, held_bytes,
 from hydra_rlhf.config import Recipe, RuntimeConfig
 from hydra_rlhf.memory.plan import Cuts
 from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.model.load import pick_device
 from hydra_rlhf.runtime.measure import PhaseMemory
 from hydra_rlhf.runtime.progress import Progress
+from hydra_rlhf.runtime.tensor_bytes import existing_bytes
 from hydra_rlhf.stages.limits import StageLimits, release
 from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.reward_fn import RewardFunction
@@ -77,11 +79,17 @@ def measure_method(recipe: Recipe, cuts: Cuts, *, watch: bool, reward_fn: Reward
     """`ppo.num_steps` steps of the recipe's method, cut as planned. Raises `OutOfMemoryError`.
 
     With `watch`, one more step follows on the CPU in which every tensor is counted: counting takes time, and the state
-    of the optimizers is there by then. On CUDA the allocator counts, and no step is added.
+    of the optimizers is there by then. On CUDA the allocator counts, and no step is added. Tensors that were there
+    before do not count.
     """
+    others = 0
+    if watch:
+        on_cuda = pick_device(recipe.model.device).type == "cuda"
+        others = torch.cuda.memory_allocated() if on_cuda else existing_bytes()
     model = build_model(recipe)
     try:
-        return measure_model(recipe, model, cuts, watch=watch, reward_fn=reward_fn)
+        found = measure_model(recipe, model, cuts, watch=watch, reward_fn=reward_fn)
+        return replace(found, phase_bytes={name: count - others for name, count in found.phase_bytes.items()})
     finally:
         del model
         gc.collect()

@@ -26,7 +26,6 @@ from hydra_rlhf.model.heads import LMHead
 from hydra_rlhf.model.lora import (
     AdapterSwitch,
     LoraLinear,
-    check_rank,
     find_linears,
     linear_features,
     merge_into_linears,
@@ -149,7 +148,6 @@ class Trunk(nn.Module):
                 f"lora.targets={list(targets)}: the LoRA set that stage 1 left on this quantised base is on other "
                 f"linears; use lora.targets=[{', '.join(names)}]"
             )
-        check_rank((linear.linear for linear in self.lora_linears.values()), rank)
         for path, linear in self.lora_linears.items():
             generator = torch.Generator().manual_seed(seed_of(path))
             linear.add_adapter(name, rank=rank, alpha=alpha, dtype=dtype, generator=generator)

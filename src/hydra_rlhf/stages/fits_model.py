@@ -8,6 +8,7 @@ from torch import nn
 from hydra_rlhf.data.formats import TokenizedDemonstration, TokenizedPair, TokenizedPrompt
 from hydra_rlhf.errors import ConfigError, ModelError
 from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.model.lora import check_rank
 from hydra_rlhf.model.trunk import Trunk, text_config
 from hydra_rlhf.stages.datasets import Datasets
 from hydra_rlhf.stages.examples import Example, longest
@@ -29,7 +30,11 @@ def check_examples(model: HydraModel, examples: Sequence[Example]) -> None:
 
 
 def check_prompts(model: HydraModel, prompts: Sequence[TokenizedPrompt], max_response_tokens: int) -> None:
-    """Prompts to be answered with at most so many tokens. Raises as `check_examples`."""
+    """Prompts to be answered with at most so many tokens, by LoRA sets of a rank that there is. Raises as
+    `check_examples`."""
+    adapted = [linear.linear for name in model.trunks for linear in model.trunk(name).lora_linears.values()]
+    if adapted:
+        check_rank(adapted, model.lora.rank)
     if prompts:
         check_ids(model, (prompt.prompt_ids for prompt in prompts))
         settings = "data.max_prompt_tokens or ppo.sampling.max_response_tokens"

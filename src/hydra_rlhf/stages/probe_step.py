@@ -14,6 +14,7 @@ from hydra_rlhf.model.load import pick_device
 from hydra_rlhf.model.roles import ROLES, trunks
 from hydra_rlhf.model.shapes import find_config, random_trunk, with_layers
 from hydra_rlhf.runtime.measure import PhaseMemory
+from hydra_rlhf.runtime.tensor_bytes import existing_bytes
 from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.session import Session
@@ -47,6 +48,7 @@ def probe_step(recipe: Recipe, *, trust_remote_code: bool = False) -> dict[str, 
     planned = planner.ppo(table, cuts)
     on_cpu = pick_device(recipe.model.device).type == "cpu"
     memory = PhaseMemory(track_tensors=on_cpu)
+    others = existing_bytes() if on_cpu else torch.cuda.memory_allocated()
     base = random_trunk(config, recipe.model)
     names = trunks(table)
     copies = {name: base.plain_copy() for name in names[1:]}
@@ -57,7 +59,7 @@ def probe_step(recipe: Recipe, *, trust_remote_code: bool = False) -> dict[str, 
     corrections: dict[str, float] = {}
     for phase, parts in planned.items():
         held = sum(parts[part] for part in HELD)
-        rest, found = total(parts) - held, memory.as_dict()[phase][key] - held
+        rest, found = total(parts) - held, memory.as_dict()[phase][key] - others - held
         if on_cpu and phase == "update" and table["actor"].adapter is None and found > rest:
             # While tensors are counted autograd adds the two gradients of a tied weight up in a third tensor.
             found = max(rest, found - round(planner.simulation.tied_head_gradient()))

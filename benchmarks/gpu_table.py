@@ -1,8 +1,8 @@
 """The methods at the Llama-7B shape on one GPU, with random weights: memory, seconds by phase, and what a budget buys.
 
-    python benchmarks/gpu.py --out benchmarks/results/gpu.json --part methods
-    python benchmarks/gpu.py --out benchmarks/results/gpu.json --part nf4
-    python benchmarks/gpu.py --out benchmarks/results/gpu.json --part curve --budgets 64GiB 70GiB
+    python benchmarks/gpu_table.py --out benchmarks/results/gpu.json --part methods
+    python benchmarks/gpu_table.py --out benchmarks/results/gpu.json --part nf4
+    python benchmarks/gpu_table.py --out benchmarks/results/gpu.json --part curve --budgets 64GiB 70GiB
 
 Every row is written as soon as it is there, so that a part which is cut off keeps what it has. `--method` runs a part
 for some methods and leaves the rows of the others in the file.
