@@ -73,7 +73,11 @@ class RewardService:
         thread = threading.Thread(target=lambda: replies.append(self._post(body, left)), daemon=True)
         thread.start()
         thread.join(max(0.0, left))
-        return replies[0] if replies else Refusal(f"took longer than timeout_s={self.config.timeout_s:g}", True)
+        return replies[0] if replies else self._too_slow
+
+    @property
+    def _too_slow(self) -> Refusal:
+        return Refusal(f"took longer than timeout_s={self.config.timeout_s:g}", True)
 
     def _post(self, body: bytes, timeout_s: float) -> dict[str, Any] | Refusal:
         """One attempt."""
@@ -85,7 +89,10 @@ class RewardService:
             with error:
                 return Refusal(f"answered with status {error.code}", error.code == 429 or error.code >= 500)
         except (OSError, HTTPException) as error:
-            return Refusal(f"cannot be reached: {getattr(error, 'reason', None) or error}", True)
+            reason = getattr(error, "reason", None) or error
+            if isinstance(reason, TimeoutError) and reason.errno is None:  # our own limit, a moment before the thread's
+                return self._too_slow
+            return Refusal(f"cannot be reached: {reason}", True)
         return parse_reply(reply)
 
     def _body(self, request: ScoreRequest) -> bytes:
