@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from contract.tiny import CONFIGS, LORA, ragged_batch
 from hydra_rlhf.model import attention
+from hydra_rlhf.model.fused import frozen_output
 from hydra_rlhf.model.load import attention_implementation, to_dtype, without_dropout
 from hydra_rlhf.model.lora import LoraLinear
 from hydra_rlhf.model.trunk import Trunk
@@ -187,3 +189,24 @@ def test_a_layer_keeps_no_more_than_it_must(dtype: torch.dtype, targets: tuple[s
     ideal = ideal_bytes(config, LORA.rank, dtype.itemsize, all_linear=len(targets) == 1)
     assert kept <= 1.10 * ideal, f"{kept:.0f} bytes per token and layer, {kept / ideal:.3f} of the ideal"
     assert kept >= 0.7 * ideal, "fewer bytes than backward needs: the measurement misses something"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 16, 128, 129])
+def test_decoded_rows_get_the_plain_product(rows: int, bias: bool):
+    """Within rounding where the product is turned round, and bit for bit where it is not: one row, many, other dtypes,
+    whole sequences, and wherever a graph is made."""
+    generator = torch.Generator().manual_seed(rows)
+    linear = torch.nn.Linear(48, 40, bias=bias).requires_grad_(False)
+    x = torch.randn(rows, 1, 48, generator=generator)
+    with torch.no_grad():
+        found, plain = frozen_output(linear, x), linear(x)
+        assert_close(found, plain, atol=1e-5, rtol=1e-5)
+        assert found.is_contiguous()
+        if rows in (1, 129):
+            assert torch.equal(found, plain)
+        sequences = torch.randn(3, 5, 48, generator=generator)
+        assert torch.equal(frozen_output(linear, sequences), linear(sequences))
+        half = torch.nn.Linear(48, 40, bias=bias, dtype=torch.bfloat16)
+        assert torch.equal(frozen_output(half, x.bfloat16()), half(x.bfloat16()))
+    assert torch.equal(frozen_output(linear, x), linear(x))

@@ -185,6 +185,8 @@ def test_the_loop_learns_either_way(method: str):
         train_ppo_stage(session, hydra, chat(hydra), prompts(), config, seed=0)
         logged[scoring] = session.history
     for once, twice in zip(logged["auto"], logged["separate"], strict=True):
+        assert ("rollout/logprob_gap" in once) == (method in APART)
+        assert "rollout/logprob_gap" not in twice
         for key in ("score/mean", "kl/reference", "ppo/entropy", "loss/policy", "ppo/explained_variance"):
             assert once[key] == pytest.approx(twice[key], rel=2e-3, abs=2e-4), key
         if "critic" in ROLES[method]:

@@ -142,12 +142,9 @@ def test_failures_come_back(name, reason, start):
 @pytest.mark.parametrize("name", ["sleeps", "spins"])
 def test_a_call_that_hangs_takes_its_timeout_and_a_tenth_at_most(name, start):
     function = start(name, timeout_s=1.0)
-    seconds: list[float] = []
-    while not seconds or (min(seconds) > 1.1 and len(seconds) < 5):  # a busy machine may delay one call
-        began = time.monotonic()
-        assert function(request()) == [Failure("took longer than timeout_s=1")] * 2
-        seconds.append(time.monotonic() - began)
-    assert 1.0 <= min(seconds) <= 1.1
+    began = time.monotonic()
+    assert function(request()) == [Failure("took longer than timeout_s=1")] * 2
+    assert 1.0 <= time.monotonic() - began <= 1.1
 
 
 def test_after_a_hang_the_function_runs_again_in_a_new_process(start):
