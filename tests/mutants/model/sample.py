@@ -1,0 +1,34 @@
+"""Mistakes in `model/sample.py`: {function: [(what went wrong, source, source with the mistake)]}."""
+
+NORMALISER = "log_normaliser = logits.logsumexp(dim=-1)"
+TILE = "size = max(1, tile_bytes // (DRAW_BYTES * len(head.weight)))"
+
+CHANGES = {
+    "draw_in_tiles": [
+        ("no tiles", TILE, "size = len(states)"),
+        ("float32 counted", TILE, TILE.replace("DRAW_BYTES", "4")),
+        (
+            "uniforms of the first tile",
+            "draw(logits, uniforms[start : start + size], config)",
+            "draw(logits, uniforms[: len(logits)], config)",
+        ),
+        (
+            "states of the first tile",
+            "head.logits(states[start : start + size])",
+            "head.logits(states[: len(states[start : start + size])])",
+        ),
+        ("forbidden ids allowed", "logits[:, forbidden] = -torch.inf", "pass"),
+        ("order of tiles", "return torch.cat(tokens)", "return torch.cat(tokens[::-1])"),
+        ("temperature ignored", "logits /= config.temperature", "pass"),
+        ("multiplied by the temperature", "logits /= config.temperature", "logits *= config.temperature"),
+        ("log-probs of what is left", NORMALISER, f"logits[:, forbidden] = -torch.inf\n        {NORMALISER}"),
+        ("logits as log-probs", "squeeze(1) - log_normaliser", "squeeze(1)"),
+    ],
+    "draw": [
+        ("upside down", "(kept - kept.amax(dim=-1, keepdim=True))", "(kept.amin(dim=-1, keepdim=True) - kept)"),
+        ("no exponential", ".exp_()", ".add_(50.0)"),
+        ("one too early", "right=True).squeeze(1)", "right=True).squeeze(1).sub(1).clamp(min=0)"),
+        ("not restricted", "kept = restrict(logits, config)", "kept = logits"),
+        ("uniforms taken as they are", "uniforms.double()[:, None] * cumulative[:, -1:]", "uniforms.double()[:, None]"),
+    ],
+}

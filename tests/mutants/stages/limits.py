@@ -1,0 +1,72 @@
+"""Mistakes in `stages/limits.py`: {function: [(what went wrong, source, source with the mistake)]}."""
+
+HALF = "self.micro_batch_tokens = num_tokens // 2"
+COUNTED = "which no batch may have come near\n        self.num_retries += 1"
+ALONE = "        if num_items == 1:"
+
+CHANGES = {
+    "StageLimits": [
+        ("half of the limit", HALF, "self.micro_batch_tokens //= 2"),
+        ("as large as what failed", HALF, HALF.replace(" // 2", "")),
+        ("a third", HALF, HALF.replace("// 2", "// 3")),
+        ("retries not counted", COUNTED, ""),
+        ("single sequences cut on and on", ALONE, "        if num_items == 0:"),
+        ("pairs of rows never cut", ALONE, "        if num_items <= 2:"),
+        ("single rows cut on and on", "        if num_rows == 1:", "        if num_rows == 0:"),
+        ("rows not halved", "self.rollout_rows = num_rows // 2", "self.rollout_rows = num_rows"),
+        (
+            "evaluations unbounded",
+            "config.sampling.batch_rows or config.rollout_batch_size * config.samples_per_prompt",
+            "config.sampling.batch_rows",
+        ),
+        ("prompts for rows", "config.rollout_batch_size * config.samples_per_prompt", "config.rollout_batch_size"),
+        ("setting ignored", "config.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS", "DEFAULT_MICRO_BATCH_TOKENS"),
+    ],
+    "map_micro_batches": [
+        ("goes on after a failure", "                break\n", "                continue\n"),
+        ("results alive until the next attempt", "        results.clear()\n", "        kept = results\n"),
+        ("gradients not dropped", "        start_over()\n", ""),
+        (
+            "gradients dropped after the halving",
+            "        start_over()\n        gc.collect()\n        release()\n        limits.halve_micro_batch(*failure)",
+            "        gc.collect()\n        release()\n        limits.halve_micro_batch(*failure)\n        start_over()",
+        ),
+        ("failing result kept", "            results.append(result)\n        if", "        if"),
+    ],
+    "map_row_groups": [
+        ("uneven", "size = -(-left // num_groups)", "size = min(left, limits.rollout_rows or left)"),
+        (
+            "groups above the limit",
+            "num_groups = -(-left // (limits.rollout_rows or left))",
+            "num_groups = max(1, left // (limits.rollout_rows or left))",
+        ),
+        (
+            "all groups again",
+            "            limits.halve_rollout_rows(size, result.reason)\n",
+            "            limits.halve_rollout_rows(size, result.reason)\n            start, results = 0, []\n",
+        ),
+        (
+            "failed group skipped",
+            "            limits.halve_rollout_rows(size, result.reason)\n",
+            "            limits.halve_rollout_rows(size, result.reason)\n            start += size\n",
+        ),
+        (
+            "half of the limit, not of the group",
+            "limits.halve_rollout_rows(size, result.reason)",
+            "limits.halve_rollout_rows(num_rows, result.reason)",
+        ),
+    ],
+    "attempt": [
+        ("frames stay alive", "traceback.clear_frames(link.__traceback__)", "pass"),
+        ("causes stay alive", "link = link.__cause__ or link.__context__", "link = None"),
+        ("every error is memory", "if not is_out_of_memory(error):", "if False:"),
+        (
+            "only CUDA's error",
+            "isinstance(error, MemoryError | torch.OutOfMemoryError)",
+            "isinstance(error, torch.OutOfMemoryError)",
+        ),
+        ("the CPU allocator unknown", "any(text in str(error) for text in OUT_OF_MEMORY)", "False"),
+        ("the last line for the reason", ".splitlines()[0]", ".splitlines()[-1]"),
+        ("nothing handed back", "        trim(0)\n", "        pass\n"),
+    ],
+}
