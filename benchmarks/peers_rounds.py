@@ -2,8 +2,8 @@
 
     python benchmarks/peers_rounds.py --hydra-python .venv-bench/bin/python
 
-In every round: `hydra-rlhf ppo` for its memory, `hydra-rlhf bench` for its time in float32 and in default precision, and
-each peer, one after the other. Renews the part `peers` of results/memory.json and of results/speed.json.
+In every round, one after the other: `hydra-rlhf ppo` for its memory, `hydra-rlhf bench` for its time in float32 and in
+the default precision, and each peer. Renews the part `peers` of results/memory.json and of results/speed.json.
 """
 
 import argparse

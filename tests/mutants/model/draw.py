@@ -18,7 +18,7 @@ CHANGES = {
             "head.logits(states[: len(states[tile])])",
         ),
         ("forbidden ids allowed", "logits[:, forbidden] = held", "pass"),
-        ("order of tiles", "return torch.cat(tokens)", "return torch.cat(tokens[::-1])"),
+        ("order of tiles", "tokens=torch.cat(tokens)", "tokens=torch.cat(tokens[::-1])"),
         ("temperature ignored", "logits /= config.temperature", "pass"),
         ("multiplied by the temperature", "logits /= config.temperature", "logits *= config.temperature"),
         ("log-probs of what is left", NORMALISER, f"logits[:, forbidden] = -torch.inf\n        {NORMALISER}"),

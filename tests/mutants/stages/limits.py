@@ -40,7 +40,7 @@ CHANGES = {
             "min(limits.rollout_rows or num_rows, num_rows)",
             "limits.rollout_rows or num_rows",
         ),
-        ("given up", "            limits.halve_rollout_rows(size, result.reason)\n", "            return\n"),
+        ("given up", "        limits.halve_rollout_rows(size, result.reason)\n", "        return\n"),
         (
             "limit kept",
             "limits.halve_rollout_rows(size, result.reason)",
