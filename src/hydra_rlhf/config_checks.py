@@ -61,6 +61,11 @@ Bytes = Annotated[str, AfterValidator(check_bytes)]
 BytesOrAuto = Annotated[str, AfterValidator(check_bytes_or_auto)]
 
 
+def compares_with_greedy(config: "PPOConfig") -> bool:
+    """Whether each prompt is answered greedily too, as a baseline that nothing is learned from."""
+    return config.advantage_estimator == "remax"
+
+
 def kl_place(config: "PPOConfig") -> Literal["reward", "loss"]:
     """Where the KL is taken in: as set, else in the reward, and in the loss for estimators that have it there."""
     return config.kl_in or ("loss" if config.advantage_estimator in LOSS_KL_ESTIMATORS else "reward")

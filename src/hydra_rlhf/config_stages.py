@@ -126,7 +126,7 @@ class PPOConfig(OptimizerConfig):
     kl_coef: NonNegative = 0.02
     """Reward lost (or loss added) per nat of KL(actor || reference)."""
     kl_estimator: Literal["k1", "k2", "k3", "none"] | None = None
-    """Per-token KL (Schulman 2020), l = log-ratio: k1 = l, k2 = l^2 / 2, k3 = e^-l - 1 + l; default k1 (loss: k2 or k3)."""
+    """Per-token KL, l = log-ratio: k1 = l, k2 = l^2 / 2, k3 = e^-l - 1 + l; default k1, in the loss k2 or k3."""
     kl_in: Literal["reward", "loss"] | None = None
     """Subtract the KL from each token's reward, or add it to the policy loss; default reward (GRPO, Dr. GRPO: loss)."""
     kl_target: Positive | None = None

@@ -17,6 +17,7 @@ from hydra_rlhf.benchmark.measure import Measured, machine_settings, measure_met
 from hydra_rlhf.benchmark.subject import check_bench, num_sequences, sizes_for_work, with_batch
 from hydra_rlhf.benchmark.work import Batch, Bound, Work, bound, step_work
 from hydra_rlhf.config import Recipe
+from hydra_rlhf.config_checks import compares_with_greedy
 from hydra_rlhf.errors import OutOfMemoryError
 from hydra_rlhf.memory.decide import Decision, decide_ppo, planner_of, recipe_for, workload_of
 from hydra_rlhf.memory.report import budget_of, largest
@@ -201,6 +202,7 @@ def measured_row(bench: Bench, recipe: Recipe, measured: Measured) -> dict[str, 
         prompt_tokens=measured.prompt_tokens,
         response_tokens=measured.response_tokens,
         num_epochs=recipe.ppo.num_epochs,
+        num_greedy=recipe.ppo.rollout_batch_size if compares_with_greedy(recipe.ppo) else 0,
     )
     trunk = meta_trunk(bench.config, recipe.model)
     work = step_work(method_table(recipe), sizes_for_work(bench.config, trunk, recipe.lora), batch)

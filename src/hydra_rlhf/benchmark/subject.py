@@ -39,7 +39,7 @@ def check_bench(recipe: Recipe) -> None:
         raise ConfigError(
             f"ppo.minibatch_size={ppo.minibatch_size}, ppo.rollout_batch_size={ppo.rollout_batch_size}, "
             f"ppo.samples_per_prompt={ppo.samples_per_prompt}: a benchmark learns from all responses of a step in one "
-            "minibatch; set --batch, a multiple of ppo.samples_per_prompt, and neither of the sizes"
+            "minibatch; set --batch alone, to a multiple of ppo.samples_per_prompt"
         )
     if recipe.data.prompts is not None and not has_weights(recipe.model.path):
         raise ConfigError(

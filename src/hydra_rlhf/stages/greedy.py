@@ -10,6 +10,7 @@ import torch
 
 from hydra_rlhf.algorithms.rewards import shape_scores
 from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.config_checks import compares_with_greedy
 from hydra_rlhf.data.formats import ChatFormat
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.records import PromptBatch, Responses, Rollout
@@ -40,7 +41,7 @@ def respond_greedily(
 
     `stream` decides between tokens that are equally likely.
     """
-    if config.advantage_estimator != "remax":
+    if not compares_with_greedy(config):
         return None
     prompts, sampling = each_once(batch), replace(config.sampling, top_k=1)
     responses = sample_responses(
