@@ -86,9 +86,8 @@ class HydraModel(nn.Module):
     ) -> "HydraModel":
         """Load `path` (hub name or folder) once per distinct trunk of the method.
 
-        Methods with separate models take the SFT model and the reward model from `sft` and `reward` (default: `path`).
-        Folders written by this package bring their reward head along. `with_reward=False` leaves the reward role out,
-        for training on a reward function alone; `with_critic=False` the critic, for an advantage estimator without one.
+        Separate models come from `sft` and `reward` (default: `path`). Folders of this package bring their reward head.
+        Without reward role or critic: for a reward function alone, for an advantage estimator that has no critic.
         """
         if method not in ROLES:
             raise ConfigError(f"method={method!r} is unknown; choose one of {', '.join(ROLES)}")

@@ -63,7 +63,11 @@ CHANGES = {
         ("no baseline", REMAX, "returns_to_go(rewards, mask, discount=1.0)"),
         ("mean baseline", REMAX, REMAX.replace("baselines.unsqueeze(1)", "baselines.nanmean()")),
         ("rewards as they are", REMAX, "rewards - baselines.unsqueeze(1)"),
-        ("the whole sum at every token", REMAX, "rewards.nansum(1, keepdim=True) - baselines.unsqueeze(1)"),
+        (
+            "the whole sum at every token",
+            REMAX,
+            "zero_outside(rewards, mask).sum(1, keepdim=True).expand(mask.shape) - baselines[:, None]",
+        ),
         ("discounted", REMAX, REMAX.replace("1.0", "0.9")),
         ("padding gets advantages", f"zero_outside({REMAX}, mask)", REMAX),
     ],
