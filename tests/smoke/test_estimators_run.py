@@ -1,6 +1,7 @@
 """Runs without a critic from end to end: every command works on them, and none of them finds a critic."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 from safetensors import safe_open
 from test_code_shape import documented_metrics
 
+from hydra_rlhf import HydraModel, PPOConfig, train_ppo
+from hydra_rlhf.config import LoraConfig
 from hydra_rlhf.config_checks import GROUP_ESTIMATORS
-from hydra_rlhf.errors import CheckpointError
+from hydra_rlhf.errors import CheckpointError, ConfigError
 from hydra_rlhf.model.roles import ROLES, without_roles
 from hydra_rlhf.reporting.collect import read_run
 from hydra_rlhf.reporting.render import render_report
@@ -30,7 +33,7 @@ def grpo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nothing_of_a_critic_is_logged_saved_or_reported(grpo_run: Path) -> None:
     logged = keys_of(grpo_run)
     assert logged <= documented_metrics()
-    assert "loss/kl" in logged, "GRPO has its KL in the loss"
+    assert {"loss/kl", "score/flat_group_frac"} <= logged, "GRPO has its KL in the loss, and compares"
     assert not [key for key in logged if "critic" in key or "value" in key or "variance" in key]
     assert sorted(path.name for path in (grpo_run / "ppo").iterdir()) == ["actor"]
     for file in (grpo_run / "checkpoints").rglob("*.safetensors"):
@@ -93,13 +96,26 @@ def test_the_other_estimators_run(name: str, grpo_run: Path, tmp_path: Path) -> 
     assert abs(lines[1]["kl/reference"]) > 1e-3, "the actor learns"
 
 
+def test_the_python_functions(grpo_run: Path) -> None:
+    folder = str(grpo_run / "hydra_sft")
+    model = HydraModel.from_pretrained(folder, with_critic=False, lora=LoraConfig(rank=2, alpha=4.0))
+    assert dict(model.table) == dict(TABLE)
+    sizes: dict[str, Any] = {"num_steps": 1, "rollout_batch_size": 2, "sampling": {"max_response_tokens": 6}}
+    config = PPOConfig(advantage_estimator="rloo", samples_per_prompt=2, minibatch_size=4, **sizes)
+    (line,) = train_ppo(model, ["How much is the clock?", "Where is the cup?"], config)
+    assert math.isfinite(line["loss/policy"])
+    with pytest.raises(ConfigError, match="with_critic=True"):
+        train_ppo(model, ["How much is the clock?"], PPOConfig(minibatch_size=2, **sizes))
+
+
 def test_plan_and_bench_see_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--ppo.advantage-estimator", "rloo", "--ppo.samples-per-prompt", "2")
     peaks = {}
     for name, more in (("rloo", options), ("gae", options[2:])):
         model = ("--model", "scratch:tiny", "--budget", "2GiB", "--method", "hydra-ppo")
         capsys.readouterr()
-        assert exit_code("plan", *model, "--json", *more) == 0
+        probe = ("--probe",) if name == "rloo" else ()
+        assert exit_code("plan", *model, *probe, "--json", *more) == 0
         planned = json.loads(capsys.readouterr().out)["methods"]["hydra-ppo"]
         peaks[name] = planned["stages"]["ppo"]["phases"]["update"]
     assert peaks["rloo"]["adapters"] < peaks["gae"]["adapters"]

@@ -66,6 +66,20 @@ def test_equal_responses_teach_nothing():
         assert found.dtype == torch.float32
 
 
+def test_flat_groups():
+    # Prompts 7 and 3 differ; prompt 9 has one response and does not count.
+    assert group_advantages.flat_group_frac(REWARDS, MASK, GROUPS) == 0.0
+    # Prompt 3 has 1 and 0 + 1 (equal, and a row without a token), prompt 7 has 1, 1 and 2, prompt 9 one alone: 1 of 2.
+    rewards = torch.tensor([[1.0, NAN], [0.0, 1.0], [1.0, NAN], [1.0, 0.0], [2.0, NAN], [5.0, 5.0], [9.0, NAN]])
+    mask = torch.arange(2) < torch.tensor([[1], [2], [1], [2], [1], [2], [0]])
+    groups = torch.tensor([3, 3, 7, 7, 7, 9, 3])
+    assert abs(group_advantages.flat_group_frac(rewards, mask, groups) - 0.5) < 1e-12
+    # A difference of 1e-5 each way is none.
+    rewards[1, 1] = 1.00002
+    assert abs(group_advantages.flat_group_frac(rewards, mask, groups) - 0.5) < 1e-12
+    assert group_advantages.flat_group_frac(rewards[5:6], mask[5:6], groups[5:6]).isnan()
+
+
 def test_remax():
     # Still to come: 3, 2, 2; 4; 0, 1; 2, 2, 1; 6, 1; none; 6, 4, 2. Greedy scores 2.5, 4, -1, 0, 6, (garbage), 1.
     found = group_advantages.remax(REWARDS, MASK, f64([2.5, 4.0, -1.0, 0.0, 6.0, NAN, 1.0]))

@@ -45,6 +45,20 @@ def dr_grpo(
 
 
 @torch.no_grad()
+def flat_group_frac(
+    rewards: Float[Tensor, "b r"], mask: Bool[Tensor, "b r"], groups: Int[Tensor, " b"]
+) -> Float[Tensor, ""]:
+    """Share of the prompts with several responses that count whose summed rewards are all equal: they teach nothing.
+
+    Equal means a deviation within what `grpo` adds to it; NaN where no prompt has several.
+    """
+    centred, sizes = _centred(rewards, mask, groups)
+    is_flat = _sum_in_groups(centred**2, groups) <= sizes * VARIANCE_FLOOR
+    of_group = torch.where(mask.any(dim=1) & (sizes > 1), 1 / sizes, 0.0)  # what part of its group a row is
+    return zero_outside(of_group, is_flat).sum() / of_group.sum()
+
+
+@torch.no_grad()
 def remax(
     rewards: Float[Tensor, "b r"], mask: Bool[Tensor, "b r"], baselines: Float[Tensor, " b"]
 ) -> Float[Tensor, "b r"]:

@@ -13,10 +13,18 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from hydra_rlhf.algorithms.advantages import gae
-from hydra_rlhf.algorithms.group_advantages import dr_grpo, grpo, reinforce_plus_plus, remax, rloo
+from hydra_rlhf.algorithms.group_advantages import (
+    dr_grpo,
+    flat_group_frac,
+    grpo,
+    reinforce_plus_plus,
+    remax,
+    rloo,
+)
 from hydra_rlhf.algorithms.masking import standardize
 from hydra_rlhf.algorithms.token_weights import full_length_weights, response_mean_weights
 from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.config_checks import GROUP_ESTIMATORS
 from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.model.roles import RoleTable
 from hydra_rlhf.records import Rollout
@@ -44,10 +52,14 @@ def in_groups(
 
     def estimate(rewards: Float[Tensor, "b r"], rollout: Rollout, config: PPOConfig) -> Advantages:
         del config
-        groups = rollout.prompts.prompt_index.to(rewards.device)
-        return function(rewards, rollout.learn_mask, groups), torch.zeros_like(rewards)
+        return function(rewards, rollout.learn_mask, groups_of(rollout)), torch.zeros_like(rewards)
 
     return estimate
+
+
+def groups_of(rollout: Rollout) -> Int[Tensor, " b"]:
+    """The prompt of each row."""
+    return rollout.prompts.prompt_index.to(rollout.scores.device)
 
 
 def against_greedy(rewards: Float[Tensor, "b r"], rollout: Rollout, config: PPOConfig) -> Advantages:
@@ -96,6 +108,13 @@ def row_weights(rollout: Rollout, rows: Sequence[int], config: PPOConfig) -> Flo
             )
         case _:
             return None
+
+
+def describe_groups(rewards: Float[Tensor, "b r"], rollout: Rollout, config: PPOConfig) -> dict[str, float]:
+    """Metrics of the responses to one prompt beside each other, where the estimator compares them."""
+    if config.advantage_estimator not in GROUP_ESTIMATORS:
+        return {}
+    return {"score/flat_group_frac": flat_group_frac(rewards, rollout.learn_mask, groups_of(rollout)).item()}
 
 
 def check_roles(table: RoleTable, config: PPOConfig) -> None:

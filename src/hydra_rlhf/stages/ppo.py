@@ -19,7 +19,7 @@ from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
 from hydra_rlhf.errors import Interrupted
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.records import PPOTargets, Rollout
-from hydra_rlhf.stages.estimators import check_roles, estimate_advantages
+from hydra_rlhf.stages.estimators import check_roles, describe_groups, estimate_advantages
 from hydra_rlhf.stages.greedy import respond_greedily, score_greedy, with_baselines
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.limits import StageLimits
@@ -128,6 +128,7 @@ def train_ppo_stage(
             # Record: log, steer the KL coefficient, look at held-out prompts, save.
             metrics |= describe(rollout, targets, kl_coef=state.kl_coef)
             metrics |= describe_critic(rollout, targets) if "critic" in model.table else {}
+            metrics |= describe_groups(targets.rewards, rollout, config)
             num_tokens = int(rollout.batch.response_mask.sum())
             metrics |= watch.metrics({"rollout": num_tokens, "update": num_tokens * config.num_epochs})
             state = replace(

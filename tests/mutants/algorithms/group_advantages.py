@@ -7,6 +7,8 @@ DR_GRPO = "    centred, _ = _centred(rewards, mask, groups)\n    return _at_ever
 MEANS = "means = _sum_in_groups(totals, groups) / sizes.clamp(min=1)"
 CENTRED = "return zero_outside(totals - means, counted), sizes"
 TOTALS = "totals = zero_outside(rewards, mask).double().sum(dim=1)"
+FLAT = "is_flat = _sum_in_groups(centred**2, groups) <= sizes * VARIANCE_FLOOR"
+OF_GROUP = "of_group = torch.where(mask.any(dim=1) & (sizes > 1), 1 / sizes, 0.0)"
 REMAX = "returns_to_go(rewards, mask, discount=1.0) - baselines.unsqueeze(1)"
 PLUS_PLUS = "standardize(returns_to_go(rewards, mask, discount=discount), mask)"
 TO_GO = "gae(rewards, torch.zeros_like(rewards), mask, discount=discount, gae_lambda=1.0)[0]"
@@ -56,6 +58,19 @@ CHANGES = {
             "at the first token only",
             EVERY,
             "zero_outside(torch.nn.functional.pad(x.to(dtype)[:, None], (0, mask.shape[1] - 1)), mask)",
+        ),
+    ],
+    "flat_group_frac": [
+        ("share of the responses", OF_GROUP, OF_GROUP.replace("1 / sizes", "1.0")),
+        ("lone responses count", OF_GROUP, OF_GROUP.replace("sizes > 1", "sizes > 0")),
+        ("rows without a token count", OF_GROUP, OF_GROUP.replace("mask.any(dim=1) & ", "")),
+        ("the others", FLAT, FLAT.replace("<=", ">")),
+        ("exactly equal", FLAT, FLAT.replace("sizes * VARIANCE_FLOOR", "0")),
+        ("any deviation below one", FLAT, FLAT.replace("sizes * VARIANCE_FLOOR", "1.0")),
+        (
+            "of all prompts",
+            "zero_outside(of_group, is_flat).sum() / of_group.sum()",
+            "zero_outside(of_group, is_flat).sum()",
         ),
     ],
     "remax": [
