@@ -15,7 +15,7 @@ from hydra_rlhf.algorithms.masking import VARIANCE_FLOOR, standardize, zero_outs
 
 @torch.no_grad()
 def rloo(rewards: Float[Tensor, "b r"], mask: Bool[Tensor, "b r"], groups: Int[Tensor, " b"]) -> Float[Tensor, "b r"]:
-    """Each response's summed rewards minus the mean of the others to its prompt (Ahmadian et al. 2024, section 4).
+    """Each response's summed rewards minus the mean of the others to its prompt (Ahmadian et al. 2024).
 
     The same for all its tokens; 0 where it has no other to be compared with.
     """
@@ -26,7 +26,7 @@ def rloo(rewards: Float[Tensor, "b r"], mask: Bool[Tensor, "b r"], groups: Int[T
 
 @torch.no_grad()
 def grpo(rewards: Float[Tensor, "b r"], mask: Bool[Tensor, "b r"], groups: Int[Tensor, " b"]) -> Float[Tensor, "b r"]:
-    """Each response's summed rewards in deviations from the mean of its prompt (Shao et al. 2024, section 4.1).
+    """Each response's summed rewards in deviations from the mean of its prompt (Shao et al. 2024).
 
     The same for all its tokens. The standard deviation has divisor n; equal responses get 0.
     """
@@ -39,7 +39,7 @@ def grpo(rewards: Float[Tensor, "b r"], mask: Bool[Tensor, "b r"], groups: Int[T
 def dr_grpo(
     rewards: Float[Tensor, "b r"], mask: Bool[Tensor, "b r"], groups: Int[Tensor, " b"]
 ) -> Float[Tensor, "b r"]:
-    """Each response's summed rewards minus the mean of its prompt, and no division (Liu et al. 2025, section 3.2)."""
+    """Each response's summed rewards minus the mean of its prompt, and no division (Liu et al. 2025)."""
     centred, _ = _centred(rewards, mask, groups)
     return _at_every_token(centred, rewards, mask)
 
@@ -62,7 +62,7 @@ def flat_group_frac(
 def remax(
     rewards: Float[Tensor, "b r"], mask: Bool[Tensor, "b r"], baselines: Float[Tensor, " b"]
 ) -> Float[Tensor, "b r"]:
-    """Rewards still to come minus the score of the greedy response to the same prompt (Li et al. 2023, equation 6)."""
+    """Rewards still to come minus the score of the greedy response to the same prompt (Li et al. 2023)."""
     return zero_outside(returns_to_go(rewards, mask, discount=1.0) - baselines.unsqueeze(1), mask)
 
 
@@ -70,7 +70,7 @@ def remax(
 def reinforce_plus_plus(
     rewards: Float[Tensor, "b r"], mask: Bool[Tensor, "b r"], *, discount: float
 ) -> Float[Tensor, "b r"]:
-    """Rewards still to come, standardised over all tokens that count (Hu 2025, section 3)."""
+    """Rewards still to come, standardised over all tokens that count (Hu 2025)."""
     return standardize(returns_to_go(rewards, mask, discount=discount), mask)
 
 
