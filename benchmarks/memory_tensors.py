@@ -42,7 +42,8 @@ def run_ppo(session: Session, work: Path, workload: Workload, checkpointing: str
     """PPO as the recipe of the peers' comparison has it, with or without the critic's row."""
     table = ROLES["hydra-ppo"] if with_critic else without_roles(ROLES["hydra-ppo"], "critic")
     settings = recipe(work, workload, checkpointing=checkpointing, budget="auto", name="tensors")
-    lora, config = LoraConfig(**settings["lora"]), PPOConfig(**settings["ppo"])
+    estimator = "gae" if with_critic else "reinforce++"
+    lora, config = LoraConfig(**settings["lora"]), PPOConfig(**settings["ppo"] | {"advantage_estimator": estimator})
     folders = {"hydra_sft": str(work / "model")}
     model = HydraModel.from_stage1(table, folders, model=model_config(work), lora=lora, seed=0)
     if checkpointing == "layers":

@@ -86,7 +86,7 @@ def bench(
 
     from hydra_rlhf.config import Recipe
 
-    recipe = read_recipe(Recipe(name="bench"), [*settings(args), *args.overrides])
+    recipe = in_groups(read_recipe(Recipe(name="bench"), [*settings(args), *args.overrides]))
 
     from hydra_rlhf.benchmark.bench import COMPARISONS, Bench, run_bench
     from hydra_rlhf.reporting.bench_picture import save_picture
@@ -144,6 +144,17 @@ def settings(args: argparse.Namespace) -> list[str]:
     }
     words = [word for name, value in named.items() if value is not None for word in (f"--{name}", str(value))]
     return [*words, "--lora.targets", *args.targets] if args.targets else words
+
+
+def in_groups(recipe: "Recipe") -> "Recipe":
+    """The recipe with as many sequences as `--batch` says, where several of them answer one prompt."""
+    from dataclasses import replace
+
+    ppo = recipe.ppo
+    size, each = ppo.rollout_batch_size, ppo.samples_per_prompt
+    if each == 1 or size != ppo.minibatch_size or size % each:
+        return recipe  # sizes that were set are told to be wrong by what reads them
+    return replace(recipe, ppo=replace(ppo, rollout_batch_size=size // each))
 
 
 def shape_path(name: str) -> str:

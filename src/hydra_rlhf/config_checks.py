@@ -1,7 +1,7 @@
 """Types of values and checks across settings, apart from `config.py` so that it lists nothing but settings."""
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -21,6 +21,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+GROUP_ESTIMATORS = ("rloo", "grpo", "dr-grpo")
+"""Values of `ppo.advantage_estimator` that compare the responses to one prompt with each other."""
+LOSS_KL_ESTIMATORS = ("grpo", "dr-grpo")
+"""Those that have the KL in the loss, as k3, unless the settings say otherwise."""
+TOKEN_ESTIMATORS = ("gae", "reinforce++")
+"""Those that discount what is still to come; the others take a response's rewards as one sum."""
 
 STRICT = ConfigDict(extra="forbid")
 """Config classes refuse unknown fields."""
@@ -54,8 +61,25 @@ Bytes = Annotated[str, AfterValidator(check_bytes)]
 BytesOrAuto = Annotated[str, AfterValidator(check_bytes_or_auto)]
 
 
+def compares_with_greedy(config: "PPOConfig") -> bool:
+    """Whether each prompt is answered greedily too, as a baseline that nothing is learned from."""
+    return config.advantage_estimator == "remax"
+
+
+def kl_place(config: "PPOConfig") -> Literal["reward", "loss"]:
+    """Where the KL is taken in: as set, else in the reward, and in the loss for estimators that have it there."""
+    return config.kl_in or ("loss" if config.advantage_estimator in LOSS_KL_ESTIMATORS else "reward")
+
+
+def kl_estimator(config: "PPOConfig") -> Literal["k1", "k2", "k3", "none"]:
+    """The per-token KL: as set, else k1 in the reward, k2 in the loss, and k3 for estimators that have it there."""
+    in_loss = "k3" if config.advantage_estimator in LOSS_KL_ESTIMATORS else "k2"
+    return config.kl_estimator or ("k1" if kl_place(config) == "reward" else in_loss)
+
+
 def check_ppo(config: "PPOConfig") -> None:
     """Raise `ConfigError` where two PPO settings contradict each other."""
+    check_estimator(config)
     num_sequences = config.rollout_batch_size * config.samples_per_prompt
     if num_sequences % config.minibatch_size:
         at_most = min(config.minibatch_size, num_sequences)
@@ -64,10 +88,11 @@ def check_ppo(config: "PPOConfig") -> None:
             f"ppo.minibatch_size={config.minibatch_size} does not divide ppo.rollout_batch_size * "
             f"ppo.samples_per_prompt = {num_sequences}; try ppo.minibatch_size={suggestion}"
         )
-    if config.kl_in == "loss" and config.kl_estimator == "k1":
+    if kl_place(config) == "loss" and config.kl_estimator == "k1":
         raise ConfigError(
-            "ppo.kl_estimator=k1 with ppo.kl_in=loss does nothing: the gradient of E[log pi - log pi_ref] through the "
-            "sampled tokens is zero in expectation; use k2 or k3 there, or ppo.kl_in=reward"
+            "ppo.kl_estimator=k1 with the KL in the loss (ppo.kl_in) does nothing: the gradient of "
+            "E[log pi - log pi_ref] through the sampled tokens is zero in expectation; use k2 or k3 there, or "
+            "ppo.kl_in=reward"
         )
     if config.kl_estimator == "none" and config.kl_target is not None:
         raise ConfigError(
@@ -87,4 +112,25 @@ def check_ppo(config: "PPOConfig") -> None:
         raise ConfigError(
             "ppo.reward.reward_model_coef=0 leaves no score at all; name a ppo.reward.reward_fn, or list some "
             "ppo.reward.sources"
+        )
+
+
+def check_estimator(config: "PPOConfig") -> None:
+    """Raise `ConfigError` for settings that the advantage estimator cannot work with, or has no use for."""
+    name = config.advantage_estimator
+    if name in GROUP_ESTIMATORS and config.samples_per_prompt < 2:
+        raise ConfigError(
+            f"ppo.samples_per_prompt={config.samples_per_prompt}: ppo.advantage_estimator={name} compares the "
+            "responses to one prompt with each other; set ppo.samples_per_prompt to 2 or more (a lower "
+            "ppo.rollout_batch_size keeps the number of sequences), or use remax or reinforce++"
+        )
+    if name != "gae" and config.critic_warmup_steps:
+        raise ConfigError(
+            f"ppo.critic_warmup_steps={config.critic_warmup_steps}: ppo.advantage_estimator={name} has no critic to "
+            "warm up; set ppo.critic_warmup_steps=0"
+        )
+    if name not in TOKEN_ESTIMATORS and config.discount != 1.0:
+        raise ConfigError(
+            f"ppo.discount={config.discount}: ppo.advantage_estimator={name} takes the rewards of a response as one "
+            f"sum; set ppo.discount=1, or use {' or '.join(TOKEN_ESTIMATORS)}"
         )

@@ -116,11 +116,13 @@ class PPOConfig(OptimizerConfig):
     rollout_batch_size: PositiveInt = 64
     """Prompts per PPO step."""
     samples_per_prompt: PositiveInt = 1
-    """Responses drawn for each prompt."""
+    """Responses drawn for each prompt; `rloo`, `grpo` and `dr-grpo` compare them and need at least 2."""
     num_epochs: PositiveInt = 2
     """Passes over each rollout."""
     minibatch_size: PositiveInt = 32
     """Sequences per optimizer step; must divide rollout_batch_size * samples_per_prompt."""
+    advantage_estimator: Literal["gae", "rloo", "grpo", "dr-grpo", "remax", "reinforce++"] = "gae"
+    """`gae` learns from a critic; the others have none, and no memory or time for one (docs/estimators.md)."""
     scoring: Literal["auto", "separate"] = "auto"
     """`auto`: with one epoch and one minibatch actor and critic learn from the forward that scores; or always apart."""
     sampling: SamplingConfig = SamplingConfig()
@@ -130,9 +132,9 @@ class PPOConfig(OptimizerConfig):
     kl_coef: NonNegative = 0.02
     """Reward lost (or loss added) per nat of KL(actor || reference)."""
     kl_estimator: Literal["k1", "k2", "k3", "none"] | None = None
-    """Per-token KL (Schulman 2020), l = log-ratio: k1 = l, k2 = l^2 / 2, k3 = e^-l - 1 + l; default k1 (loss: k2)."""
-    kl_in: Literal["reward", "loss"] = "reward"
-    """Subtract the KL from each token's reward, or add it to the policy loss."""
+    """Per-token KL, l = log-ratio: k1 = l, k2 = l^2 / 2, k3 = e^-l - 1 + l; default k1, in the loss k2 or k3."""
+    kl_in: Literal["reward", "loss"] | None = None
+    """Subtract the KL from each token's reward, or add it to the policy loss; default reward (GRPO, Dr. GRPO: loss)."""
     kl_target: Positive | None = None
     """Nats per response that an adaptive kl_coef steers to (Ziegler et al. 2019); none = fixed coefficient."""
     kl_horizon: PositiveInt = 10_000
@@ -140,7 +142,7 @@ class PPOConfig(OptimizerConfig):
     max_update_kl: Positive | None = None
     """End a step's update early when the mean KL(old actor || new actor) per token passes this; none = never."""
     discount: Share = 1.0
-    """Gamma of the returns."""
+    """Gamma of the returns; estimators that take a response's rewards as one sum have none."""
     gae_lambda: Share = 0.95
     """Lambda of generalised advantage estimation."""
     clip_range: Positive = 0.2

@@ -106,6 +106,9 @@ class Rollout:
     """Per-token rewards of a reward function that returns lists; 0 elsewhere. Their sum is part of `scores`."""
     valid: Bool[Tensor, " b"]
     """False where a source failed whose failures are masked: such a row is no part of anything that is learned."""
+    baselines: Float[Tensor, " b"]
+    """What the greedy response to each row's prompt scored, as shaped as rewards are, where the advantage estimator
+    compares with it (ReMax); 0 elsewhere."""
     source_scores: dict[str, Tensor]
     """What each source (`head`, `reward_fn`, those of the recipe) says by itself, {name: [b]}; NaN where it failed."""
 
@@ -122,9 +125,9 @@ class PPOTargets:
     rewards: Float[Tensor, "b r"]
     """Score at the last counted token, per-token rewards, minus the KL where it belongs to the reward."""
     advantages: Float[Tensor, "b r"]
-    """Standardised once over all counted tokens of the rollout; 0 where masked."""
+    """As the policy loss takes them (GAE: standardised once over all counted tokens of the rollout); 0 where masked."""
     returns: Float[Tensor, "b r"]
-    """The critic's target."""
+    """The critic's target; 0 where there is no critic."""
     kl_coef: float
     """Weight of a KL term in the loss; 0 where the KL is in the rewards, or nowhere."""
 

@@ -105,6 +105,21 @@ def test_a_larger_budget_holds_a_larger_batch_and_fewer_trunks_leave_room_for_on
     assert bench.largest_batch(capped, "hydra-ppo", few.budget) == 3
 
 
+def test_batches_are_whole_groups():
+    """Of two responses to each prompt: the largest batch is even, and its prompts are half as many."""
+    groups = recipe(advantage_estimator="rloo", rollout_batch_size=2, samples_per_prompt=2)
+    subject.check_bench(groups)
+    one = bench.Bench(groups, watch=False, max_batch=5)
+    assert bench.largest_batch(one, "hydra-ppo", one.budget) == 4
+    ppo = bench.decoded_together(groups, 6).ppo
+    assert (ppo.rollout_batch_size, ppo.minibatch_size, ppo.sampling.batch_rows) == (3, 6, 6)
+    row = bench.plan_row(groups, bench.decide(one, groups, one.budget))
+    assert row["batch"] == 4
+    # Without a critic's LoRA set and its moments.
+    with_critic = recipe(rollout_batch_size=2, samples_per_prompt=2)
+    assert row["planned_bytes"] < bench.decide(one, with_critic, one.budget).chosen.peak
+
+
 def test_the_shared_budget_is_what_the_neediest_method_takes():
     one = bench.Bench(recipe(), watch=False, max_batch=4)
     needs = {m: bench.decide(one, bench.recipe_for(one.recipe, m), one.budget).chosen.peak for m in ROLES}
@@ -114,7 +129,7 @@ def test_the_shared_budget_is_what_the_neediest_method_takes():
     assert bench.shared_budget(named, list(ROLES)) == named.budget == 2**30 - 448 * 2**20
 
 
-@pytest.mark.parametrize("wrong", [{"minibatch_size": 2}, {"samples_per_prompt": 2, "minibatch_size": 8}])
+@pytest.mark.parametrize("wrong", [{"minibatch_size": 2}, {"samples_per_prompt": 2, "minibatch_size": 4}])
 def test_what_the_benchmark_sets_itself_cannot_be_set(wrong: dict[str, int]):
     with pytest.raises(ConfigError, match="--batch alone"):
         subject.check_bench(recipe(**wrong))

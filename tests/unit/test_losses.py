@@ -121,6 +121,43 @@ def test_kl_loss():
         close(new_logprobs.grad, gradient)
 
 
+# Two responses of 2 and 4 tokens, 6 in all: weights 6 / (2 * 2) = 1.5 and 6 / (2 * 4) = 0.75 make it the mean of means.
+TWO = torch.arange(4) < torch.tensor([[2], [4]])
+MEAN_OF_MEANS = f64([1.5, 0.75])
+
+
+def test_policy_loss_with_row_weights():
+    # Ratio 1. Means of the advantages: (1 + 3) / 2 = 2 and (2 + 2 + 2 + 6) / 4 = 3; their mean 2.5, so the loss -2.5.
+    # Without weights it is -16 / 6. The gradient of a token is -A * weight / 6.
+    logprobs, advantages = f64([[-1.0, -1, math.nan, 7], [-1, -1, -1, -1]]), f64([[1.0, 3, 5, math.nan], [2, 2, 2, 6]])
+    new_logprobs = logprobs.clone().requires_grad_()
+    output = losses.ppo_policy_loss(
+        new_logprobs, logprobs, advantages, TWO, clip_range=0.2, num_tokens=6, row_weights=MEAN_OF_MEANS
+    )
+    close(output.loss, -2.5)
+    output.loss.backward()
+    close(new_logprobs.grad, [[-0.25, -0.75, 0.0, 0.0], [-0.25, -0.25, -0.25, -0.75]])
+    # One of two tokens of the first row and none of the second is held: a sixth, whatever the weights.
+    moved = logprobs + f64([[2.0, 1, 1, 1], [1, 1, 1, 1]]).log()
+    output = losses.ppo_policy_loss(
+        moved, logprobs, advantages, TWO, clip_range=0.2, num_tokens=6, row_weights=MEAN_OF_MEANS
+    )
+    close(output.metrics["ppo/clip_frac"], 1 / 6, 1e-7)
+    narrow = [tensor.float() for tensor in (logprobs, logprobs, advantages)]
+    output = losses.ppo_policy_loss(*narrow, TWO, clip_range=0.2, num_tokens=6, row_weights=MEAN_OF_MEANS)
+    assert output.loss.dtype == torch.float32
+
+
+def test_other_losses_with_row_weights():
+    # Entropies: means 2 and 3, as above. Log-ratios d of 1, 3 and of 2, 2, 2, 4: k2 = d^2 / 2, means 2.5 and 3.5.
+    entropy = f64([[1.0, 3, 9, 9], [2, 2, 2, 6]])
+    close(losses.entropy_bonus(entropy, TWO, num_tokens=6, row_weights=MEAN_OF_MEANS).loss, -2.5)
+    ref_logprobs = -f64([[1.0, 3, 9, 9], [2, 2, 2, 4]])
+    zeros = torch.zeros(2, 4, dtype=torch.float64)
+    output = losses.kl_loss(zeros, ref_logprobs, TWO, estimator="k2", num_tokens=6, row_weights=MEAN_OF_MEANS)
+    close(output.loss, 3.0)
+
+
 def test_sft_loss():
     # Probabilities 1/2 and 1/4, one token of padding, 6 tokens in the whole minibatch: 3 ln 2 / 6 = ln(2) / 2.
     logprobs, mask = f64([[-LN2, -2 * LN2, -9.0]]), torch.tensor([[True, True, False]])

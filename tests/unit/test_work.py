@@ -65,6 +65,16 @@ def test_learning(method: str, score: int, learned: int, backward: int):
     assert step(method, num_epochs=3).shared_flops == learned
 
 
+def test_greedy_responses_are_decoded_and_scored_alone():
+    # One prompt's greedy response more: a fourth row is decoded, and the reward model looks at 10 tokens more.
+    plain, found = step("hydra-ppo"), step("hydra-ppo", num_greedy=1)
+    assert found.decode_bytes == 5 * (5100 + 4 * 7 * 8)
+    assert found.decode_flops == 5 * 4 * (2500 + 560)
+    assert found.prefill_flops == 16 * (2100 + 160) + 4 * 400
+    assert found.score_flops == plain.score_flops + 10 * (2000 + 400)
+    assert (found.update_flops, found.shared_flops) == (plain.update_flops, plain.shared_flops)
+
+
 def test_a_single_token_needs_no_decode_step():
     found = step("hydra-ppo", response_tokens=1)
     assert (found.decode_bytes, found.decode_flops) == (0, 0)

@@ -2,6 +2,7 @@
 
 So micro-batches add up to the minibatch, whatever their size (`num_tokens` and `num_pairs` are never those of the
 micro-batch). What is differentiated is selected with `zero_outside` before anything nonlinear; the sum selects again.
+`row_weights` are what a token of each row counts instead of 1 (`token_weights.py`); metrics count every token alike.
 """
 
 import math
@@ -24,6 +25,7 @@ def ppo_policy_loss(
     *,
     clip_range: float,
     num_tokens: int,
+    row_weights: Float[Tensor, " b"] | None = None,
 ) -> LossOutput:
     """Clipped surrogate (Schulman et al. 2017, equation 7, as a loss): sum over `mask`, divided by `num_tokens`.
 
@@ -34,7 +36,7 @@ def ppo_policy_loss(
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = masked_sum(torch.maximum(unclipped, clipped), mask) / num_tokens
+    loss = masked_sum(_weighted(torch.maximum(unclipped, clipped), row_weights), mask) / num_tokens
     with torch.no_grad():
         metrics = {
             "ppo/clip_frac": ((clipped > unclipped) & mask).sum() / num_tokens,
@@ -72,9 +74,15 @@ def ppo_value_loss(
     return LossOutput(loss=loss, metrics={"ppo/value_clip_frac": value_clip_frac})
 
 
-def entropy_bonus(entropy: Float[Tensor, "b r"], mask: Bool[Tensor, "b r"], *, num_tokens: int) -> LossOutput:
+def entropy_bonus(
+    entropy: Float[Tensor, "b r"],
+    mask: Bool[Tensor, "b r"],
+    *,
+    num_tokens: int,
+    row_weights: Float[Tensor, " b"] | None = None,
+) -> LossOutput:
     """Minus the mean entropy in nats per token: added to a loss with a positive weight, it rewards entropy."""
-    return LossOutput(loss=-masked_sum(entropy, mask) / num_tokens, metrics={})
+    return LossOutput(loss=-masked_sum(_weighted(entropy, row_weights), mask) / num_tokens, metrics={})
 
 
 def kl_loss(
@@ -84,10 +92,11 @@ def kl_loss(
     *,
     estimator: KLEstimator,
     num_tokens: int,
+    row_weights: Float[Tensor, " b"] | None = None,
 ) -> LossOutput:
     """Mean KL(actor || reference) in nats per token, by `kl_estimate` (which says what the gradient of each one is)."""
     estimate = kl_estimate(zero_outside(new_logprobs, mask), ref_logprobs, estimator)
-    return LossOutput(loss=masked_sum(estimate, mask) / num_tokens, metrics={})
+    return LossOutput(loss=masked_sum(_weighted(estimate, row_weights), mask) / num_tokens, metrics={})
 
 
 def sft_loss(logprobs: Float[Tensor, "b r"], mask: Bool[Tensor, "b r"], *, num_tokens: int) -> LossOutput:
@@ -111,3 +120,8 @@ def ranking_loss(
             "train/margin": margins.sum() / num_pairs,
         }
     return LossOutput(loss=loss, metrics=metrics)
+
+
+def _weighted(x: Float[Tensor, "b r"], row_weights: Float[Tensor, " b"] | None) -> Float[Tensor, "b r"]:
+    """Each row's entries times its weight, in their own dtype."""
+    return x if row_weights is None else x * row_weights.to(x.dtype).unsqueeze(1)

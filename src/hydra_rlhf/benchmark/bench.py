@@ -14,14 +14,15 @@ from transformers.configuration_utils import PretrainedConfig
 
 from hydra_rlhf.benchmark.machine import Machine, this_machine
 from hydra_rlhf.benchmark.measure import Measured, machine_settings, measure_method
-from hydra_rlhf.benchmark.subject import check_bench, sizes_for_work, with_batch
+from hydra_rlhf.benchmark.subject import check_bench, num_sequences, sizes_for_work, with_batch
 from hydra_rlhf.benchmark.work import Batch, Bound, Work, bound, step_work
 from hydra_rlhf.config import Recipe
+from hydra_rlhf.config_checks import compares_with_greedy
 from hydra_rlhf.errors import OutOfMemoryError
 from hydra_rlhf.memory.decide import Decision, decide_ppo, planner_of, recipe_for, workload_of
 from hydra_rlhf.memory.report import budget_of, largest
 from hydra_rlhf.model.load import pick_device
-from hydra_rlhf.model.roles import ROLES
+from hydra_rlhf.model.roles import method_table
 from hydra_rlhf.model.shapes import find_config, meta_trunk
 from hydra_rlhf.runtime.environment import describe_environment
 
@@ -88,6 +89,8 @@ def describe(bench: Bench) -> dict[str, Any]:
         "checkpointing": recipe.memory.checkpointing,
         "workload": asdict(workload_of(recipe)) | {"prompts": recipe.data.prompts},
         "num_epochs": recipe.ppo.num_epochs,
+        "advantage_estimator": recipe.ppo.advantage_estimator,
+        "samples_per_prompt": recipe.ppo.samples_per_prompt,
         "iterations": recipe.ppo.num_steps,
         "budget": recipe.memory.budget,
         "budget_bytes": bench.budget,
@@ -116,20 +119,25 @@ def equal_budget(
 
     A row of `known` that was measured with the same batch and the same cuts stands for itself here too.
     """
+    each = bench.recipe.ppo.samples_per_prompt
     for method in methods:
         size = largest_batch(bench, method, budget)
-        recipe = decoded_together(recipe_for(bench.recipe, method), size or 1)
+        recipe = decoded_together(recipe_for(bench.recipe, method), size or each)
         decision = decide(bench, recipe, budget)
         planned = plan_row(recipe, decision)
         same = next((row for row in known if row["status"] == MEASURED and is_same_run(row, planned)), None)
         row = run_row(bench, recipe, decision) if same is None else same
-        yield row | {"batch_is_capped": size == bench.max_batch}
+        yield row | {"batch_is_capped": size + each > bench.max_batch}
 
 
 def largest_batch(bench: Bench, method: str, budget: int) -> int:
-    """The most sequences that the plan fits into `budget`, all decoded together; 0 where one does not fit."""
-    recipe = recipe_for(bench.recipe, method)
-    return largest(lambda size: decide(bench, decoded_together(recipe, size), budget).fits, bench.max_batch)
+    """The most sequences that the plan fits into `budget`, all decoded together; 0 where one prompt's do not fit."""
+    recipe, each = recipe_for(bench.recipe, method), bench.recipe.ppo.samples_per_prompt
+
+    def fits(num_prompts: int) -> bool:
+        return decide(bench, decoded_together(recipe, num_prompts * each), budget).fits
+
+    return each * largest(fits, bench.max_batch // each)
 
 
 def shared_budget(bench: Bench, methods: Sequence[str]) -> int:
@@ -150,7 +158,7 @@ def decoded_together(recipe: Recipe, num_sequences: int) -> Recipe:
 def decide(bench: Bench, recipe: Recipe, budget: int) -> Decision:
     """How the recipe's PPO is cut to fit `budget`; no stage 1 was run, so no LoRA set of one is there."""
     planner = planner_of(recipe, bench.config, workload_of(recipe), optimizer=recipe.ppo.optimizer, below_rank=0)
-    return decide_ppo(planner, recipe, ROLES[recipe.method], budget)
+    return decide_ppo(planner, recipe, method_table(recipe), budget)
 
 
 def is_same_run(row: dict[str, Any], planned: dict[str, Any]) -> bool:
@@ -176,7 +184,7 @@ def plan_row(recipe: Recipe, decision: Decision) -> dict[str, Any]:
     return {
         "method": recipe.method,
         "status": PLANNED,
-        "batch": recipe.ppo.rollout_batch_size,
+        "batch": num_sequences(recipe),
         **asdict(decision.chosen.cuts),
         "planned_bytes": decision.chosen.peak,
         "planned_phases": {name: dict(parts) for name, parts in decision.chosen.phases.items()},
@@ -188,15 +196,16 @@ def plan_row(recipe: Recipe, decision: Decision) -> dict[str, Any]:
 
 def measured_row(bench: Bench, recipe: Recipe, measured: Measured) -> dict[str, Any]:
     """What the steps of a row came to: bytes, seconds per sample, rates, and how near the machine's limits that is."""
-    size, times = recipe.ppo.rollout_batch_size, measured.times
+    size, times = num_sequences(recipe), measured.times
     batch = Batch(
         num_sequences=size,
         prompt_tokens=measured.prompt_tokens,
         response_tokens=measured.response_tokens,
         num_epochs=recipe.ppo.num_epochs,
+        num_greedy=recipe.ppo.rollout_batch_size if compares_with_greedy(recipe.ppo) else 0,
     )
     trunk = meta_trunk(bench.config, recipe.model)
-    work = step_work(ROLES[recipe.method], sizes_for_work(bench.config, trunk, recipe.lora), batch)
+    work = step_work(method_table(recipe), sizes_for_work(bench.config, trunk, recipe.lora), batch)
     least = bound(work, bandwidth=bench.machine.bandwidth, matrix_rate=bench.machine.matrix_rate)
     return {
         "measured_bytes": max(measured.phase_bytes.values(), default=None),

@@ -102,7 +102,7 @@ def measure_model(
     """`measure_method` on a model that is there."""
     num_steps = recipe.ppo.num_steps
     adds_step = watch and model.device.type != "cuda"
-    session = WatchingSession(f"{recipe.method} x {recipe.ppo.rollout_batch_size}", num_steps if adds_step else None)
+    session = WatchingSession(f"{recipe.method} x {recipe.ppo.minibatch_size}", num_steps if adds_step else None)
     if cuts.checkpointed_layers:
         model.enable_checkpointing(cuts.checkpointed_layers, offload=offloads(recipe.memory, model))
     chat, prompts = bench_prompts(recipe, model)

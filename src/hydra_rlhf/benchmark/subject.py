@@ -19,7 +19,7 @@ from hydra_rlhf.model.cache import cache_bytes
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.load import DTYPES
 from hydra_rlhf.model.lora import find_linears, linear_features
-from hydra_rlhf.model.roles import ROLES, STAGE1_ORDER, trunks
+from hydra_rlhf.model.roles import STAGE1_ORDER, method_table, trunks
 from hydra_rlhf.model.shapes import SHAPE, find_config, random_trunk, with_layers
 from hydra_rlhf.model.trunk import Trunk, text_config
 
@@ -35,10 +35,11 @@ def has_weights(path: str) -> bool:
 def check_bench(recipe: Recipe) -> None:
     """Raise `ConfigError` for settings that a benchmark makes itself, or has no use for."""
     ppo = recipe.ppo
-    if ppo.samples_per_prompt != 1 or ppo.minibatch_size != ppo.rollout_batch_size:
+    if ppo.minibatch_size != num_sequences(recipe):
         raise ConfigError(
-            f"ppo.minibatch_size={ppo.minibatch_size}, ppo.samples_per_prompt={ppo.samples_per_prompt}: a benchmark "
-            "takes one response to each prompt and learns from all of them in one minibatch; set --batch alone"
+            f"ppo.minibatch_size={ppo.minibatch_size}, ppo.rollout_batch_size={ppo.rollout_batch_size}, "
+            f"ppo.samples_per_prompt={ppo.samples_per_prompt}: a benchmark learns from all responses of a step in one "
+            "minibatch; set --batch alone, to a multiple of ppo.samples_per_prompt"
         )
     if recipe.data.prompts is not None and not has_weights(recipe.model.path):
         raise ConfigError(
@@ -47,14 +48,20 @@ def check_bench(recipe: Recipe) -> None:
         )
 
 
+def num_sequences(recipe: Recipe) -> int:
+    """Sequences per PPO step."""
+    return recipe.ppo.rollout_batch_size * recipe.ppo.samples_per_prompt
+
+
 def with_batch(recipe: Recipe, num_sequences: int) -> Recipe:
-    """The recipe with another number of sequences per PPO step."""
-    return replace(recipe, ppo=replace(recipe.ppo, rollout_batch_size=num_sequences, minibatch_size=num_sequences))
+    """The recipe with another number of sequences per PPO step, a multiple of those to one prompt."""
+    num_prompts = num_sequences // recipe.ppo.samples_per_prompt
+    return replace(recipe, ppo=replace(recipe.ppo, rollout_batch_size=num_prompts, minibatch_size=num_sequences))
 
 
 def build_model(recipe: Recipe) -> HydraModel:
     """The recipe's method: every trunk of its table in storage of its own, with loaded weights or with random ones."""
-    table = ROLES[recipe.method]
+    table = method_table(recipe)
     tile_bytes = parse_bytes(recipe.memory.logit_tile)
     if has_weights(recipe.model.path):
         return HydraModel.from_stage1(

@@ -5,7 +5,7 @@ recomputed layers, padding, a second forward where the first one's graph could h
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hydra_rlhf.memory.count import learning_passes
 from hydra_rlhf.model.roles import Role, RoleTable, passes
@@ -43,6 +43,13 @@ class Batch:
     prompt_tokens: float
     response_tokens: float
     num_epochs: int = 1
+    num_greedy: int = 0
+    """Further responses that are decoded and scored, and not learned from."""
+
+    @property
+    def num_decoded(self) -> int:
+        """Responses that are decoded."""
+        return self.num_sequences + self.num_greedy
 
     @property
     def num_tokens(self) -> float:
@@ -82,20 +89,23 @@ def step_work(table: RoleTable, model: ModelSizes, batch: Batch) -> Work:
     num_steps = max(0.0, batch.response_tokens - 1)
     context = batch.prompt_tokens + batch.response_tokens / 2
     read = model.decode_bytes + (model.lora_bytes if adapted else 0)
-    read += batch.num_sequences * context * model.cache_bytes
+    read += batch.num_decoded * context * model.cache_bytes
     per_token = 2 * (model.block_params + model.head_params + (model.lora_params if adapted else 0))
     per_token += 4 * model.num_layers * model.query_width * context
-    prompts = batch.num_sequences * batch.prompt_tokens
+    prompts = batch.num_decoded * batch.prompt_tokens
     learning = learning_passes(table)
     forwards = {key: forward_flops(model, batch, key[1], roles) for key, roles in passes(table).items()}
     learned = sum(forward_flops(model, batch, key[1], roles) for key, roles in learning.items())
+    greedy = replace(batch, num_sequences=batch.num_greedy)
+    scored = {"reward": table["reward"]} if "reward" in table else {}
+    compared = sum(forward_flops(model, greedy, key[1], roles) for key, roles in passes(scored).items())
     backward = sum(backward_flops(model, batch, key[1], roles) for key, roles in learning.items())
     return Work(
         decode_bytes=num_steps * read,
-        decode_flops=num_steps * batch.num_sequences * per_token,
+        decode_flops=num_steps * batch.num_decoded * per_token,
         prefill_flops=trunk_flops(model, prompts, batch.prompt_tokens, adapted)
-        + 2 * model.head_params * batch.num_sequences,
-        score_flops=sum(forwards.values()),
+        + 2 * model.head_params * batch.num_decoded,
+        score_flops=sum(forwards.values()) + compared,
         update_flops=batch.num_epochs * (learned + backward),
         shared_flops=learned,
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hydra_rlhf.model.roles import ROLES, TRAINABLE_ROLES, Role, RoleTable, adapters, passes, trunks
+from hydra_rlhf.model.roles import ROLES, TRAINABLE_ROLES, Role, RoleTable, adapters, passes, rows_in_use, trunks
 
 FP32 = 4
 PARTS = ("weights", "adapters", "gradients", "optimizer", "batch", "cache", "activations", "logits")
@@ -101,10 +101,11 @@ def trunk_part(table: RoleTable, trunk: str, sizes: BaseSizes) -> Part:
 
 
 def count_all(table: RoleTable, sizes: BaseSizes, *, dtype: str) -> dict[str, Any]:
-    """The counted part of memory.json: every method on this base, and this run's roles."""
+    """The counted part of memory.json: every method on this base, with the rows that this run has, and its roles."""
+    used = {"with_reward": "reward" in table, "with_critic": "critic" in table}
     return {
         "dtype": dtype,
-        "methods": {name: asdict(count_method(method, sizes)) for name, method in ROLES.items()},
+        "methods": {name: asdict(count_method(rows_in_use(rows, **used), sizes)) for name, rows in ROLES.items()},
         "roles": {name: describe_role(name, role, table, sizes) for name, role in table.items()},
     }
 

@@ -14,7 +14,7 @@ from hydra_rlhf.memory.count import BaseSizes
 from hydra_rlhf.memory.plan import Cuts, Phases, Planner, Workload, total
 from hydra_rlhf.memory.simulate import Simulation
 from hydra_rlhf.memory.sizes import sizes_of
-from hydra_rlhf.model.roles import ROLES, STAGE1_TABLES, TRAINABLE_ROLES, RoleTable, stage1_models
+from hydra_rlhf.model.roles import STAGE1_TABLES, TRAINABLE_ROLES, RoleTable, method_table, stage1_models
 
 NO_CORRECTIONS: Mapping[str, float] = {}
 
@@ -207,10 +207,10 @@ def smallest(options: list[Option]) -> Option:
 
 def recipe_for(recipe: Recipe, method: str) -> Recipe:
     """The recipe with another method; one that trains whole trunks does without a quantised base."""
-    changes: dict[str, Any] = {"method": method}
-    if not trains_adapters(ROLES[method]):
-        changes["model"] = replace(recipe.model, quantization="none")
-    return replace(recipe, **changes)
+    recipe = replace(recipe, method=method)
+    if not trains_adapters(method_table(recipe)):
+        recipe = replace(recipe, model=replace(recipe.model, quantization="none"))
+    return recipe
 
 
 def trains_adapters(table: RoleTable) -> bool:

@@ -10,7 +10,7 @@ from hydra_rlhf.config import Recipe
 from hydra_rlhf.memory.budget import PROCESS_BYTES
 from hydra_rlhf.memory.decide import decide_method, fits, phases_of, trains_adapters
 from hydra_rlhf.memory.plan import peak
-from hydra_rlhf.model.roles import ROLES, RoleTable, stage1_models
+from hydra_rlhf.model.roles import RoleTable, method_table, stage1_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def changed_by(changes: Sequence[Remedy], recipe: Recipe) -> Recipe:
 def relaxed(recipe: Recipe) -> Remedy | None:
     """Leaving to the plan what a recipe says about cutting its work; None where it says nothing."""
     stages = [
-        s for s in (*stage1_models(ROLES[recipe.method]), "ppo") if getattr(recipe, s).micro_batch_tokens is not None
+        s for s in (*stage1_models(method_table(recipe)), "ppo") if getattr(recipe, s).micro_batch_tokens is not None
     ]
     said = [f"{stage}.micro_batch_tokens" for stage in stages]
     said += ["ppo.sampling.batch_rows"] if recipe.ppo.sampling.batch_rows is not None else []
@@ -76,7 +76,7 @@ def relaxed(recipe: Recipe) -> Remedy | None:
 
 def remedies(recipe: Recipe) -> list[Remedy]:
     """Settings that a recipe does not have yet and that need less memory, those that change least first."""
-    table = ROLES[recipe.method]
+    table = method_table(recipe)
     found: list[Remedy] = []
     if recipe.model.dtype == "float32":
         found.append(setting("model", dtype="bfloat16"))

@@ -23,7 +23,7 @@ from hydra_rlhf.memory.decide import (
 from hydra_rlhf.memory.plan import Cuts, peak, total
 from hydra_rlhf.memory.remedy import find_remedy
 from hydra_rlhf.model.load import pick_device
-from hydra_rlhf.model.roles import ROLES, RoleTable
+from hydra_rlhf.model.roles import ROLES, RoleTable, method_table
 from hydra_rlhf.model.shapes import find_config
 from hydra_rlhf.model.trunk import text_config
 
@@ -71,7 +71,7 @@ def plan_method(
     recipe: Recipe, config: PretrainedConfig, budget: int, corrections: Mapping[str, float]
 ) -> dict[str, Any]:
     """One method: decisions per stage, bytes per phase, the largest sizes that fit, and a remedy where nothing does."""
-    table = ROLES[recipe.method]
+    table = method_table(recipe)
     decisions = decide_method(recipe, config, table, budget, corrections)
     phases = phases_of(decisions)
     fits = all(decision.fits for decision in decisions.values())

@@ -23,9 +23,9 @@ from hydra_rlhf.model.roles import (
     RoleTable,
     adapters,
     passes,
+    rows_in_use,
     stage1_source,
     trunks,
-    without_roles,
 )
 from hydra_rlhf.model.trunk import Trunk, stop_token_ids
 from hydra_rlhf.records import RoleOutput, TokenBatch
@@ -79,19 +79,19 @@ class HydraModel(nn.Module):
         sft: str | None = None,
         reward: str | None = None,
         with_reward: bool = True,
+        with_critic: bool = True,
         model: ModelConfig | None = None,
         lora: LoraConfig | None = None,
         seed: int = 0,
     ) -> "HydraModel":
         """Load `path` (hub name or folder) once per distinct trunk of the method.
 
-        Methods with separate models take the SFT model and the reward model from `sft` and `reward` (default: `path`).
-        Folders written by this package bring their reward head along. `with_reward=False` leaves the reward role out,
-        for training on a reward function alone.
+        Separate models come from `sft` and `reward` (default: `path`). Folders of this package bring their reward head.
+        Without reward role or critic: for a reward function alone, for an advantage estimator that has no critic.
         """
         if method not in ROLES:
             raise ConfigError(f"method={method!r} is unknown; choose one of {', '.join(ROLES)}")
-        table = ROLES[method] if with_reward else without_roles(ROLES[method], "reward")
+        table = rows_in_use(ROLES[method], with_reward=with_reward, with_critic=with_critic)
         folders = {"hydra_sft": path, "sft": sft or path, "reward_model": reward or path}
         return cls.from_stage1(
             table, folders, model=replace(model or ModelConfig(), path=path), lora=lora or LoraConfig(), seed=seed

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from hydra_rlhf.config import Recipe
+
 
 @dataclass(frozen=True, slots=True)
 class Role:
@@ -129,3 +131,19 @@ def stage1_models(table: RoleTable) -> tuple[str, ...]:
 def without_roles(table: RoleTable, *names: str) -> RoleTable:
     """The same table without some rows, e.g. without `reward` where a reward function alone gives the scores."""
     return MappingProxyType({name: role for name, role in table.items() if name not in names})
+
+
+def rows_in_use(table: RoleTable, *, with_reward: bool, with_critic: bool) -> RoleTable:
+    """A method's table without the rows that nothing needs."""
+    used = {"reward": with_reward, "critic": with_critic}
+    return without_roles(table, *(name for name, is_used in used.items() if not is_used))
+
+
+def method_table(recipe: Recipe) -> RoleTable:
+    """The table of a recipe's run: without a reward role where the reward head has no say, and without a critic where
+    advantages are estimated without one."""
+    return rows_in_use(
+        ROLES[recipe.method],
+        with_reward=recipe.ppo.reward.reward_model_coef != 0,
+        with_critic=recipe.ppo.advantage_estimator == "gae",
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra_rlhf.errors import CheckpointError
-from hydra_rlhf.model.roles import ROLES, Role
+from hydra_rlhf.model.roles import ROLES, Role, RoleTable, rows_in_use
 from hydra_rlhf.reporting.record import (
     Decision,
     Interval,
@@ -73,7 +73,7 @@ def read_run(folder: Path) -> RunRecord:
         environment=_object(folder / "environment.json", problems),
         curves=_curves(folder / "metrics.jsonl", problems),
         samples=tuple(_fill(Sample, row) for row in _lines(folder / "samples.jsonl", problems)),
-        roles=written or ROLES.get(method or "", {}),
+        roles=written or _roles(method, _mapping(recipe.get("ppo"))),
         bytes_trained={name: value for name, row in rows.items() if (value := number(row.get("bytes_trained")))},
         memory_dtype=_text(memory.get("dtype")),
         methods={name: _fill(MethodBytes, row) for name, row in _mapping(memory.get("methods")).items()},
@@ -83,6 +83,15 @@ def read_run(folder: Path) -> RunRecord:
         splits=tuple(_fill(Split, row, name=name) for name, row in _object(folder / "data.json", problems).items()),
         summary=_fill(Summary, summary),
         problems=tuple(problems),
+    )
+
+
+def _roles(method: str | None, ppo: Mapping[str, Any]) -> RoleTable:
+    """The rows of an unfinished run by its settings."""
+    return rows_in_use(
+        ROLES.get(method or "", {}),
+        with_reward=_mapping(ppo.get("reward")).get("reward_model_coef") != 0,
+        with_critic=ppo.get("advantage_estimator", "gae") == "gae",
     )
 
 

@@ -11,13 +11,14 @@ from hydra_rlhf.data.sources import Prompt
 from hydra_rlhf.errors import CheckpointError, ConfigError
 from hydra_rlhf.model.export import save_merged, save_peft_adapter, save_reward_model
 from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.model.roles import method_table
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.datasets import load_raw
 from hydra_rlhf.stages.finish import load_trained
 from hydra_rlhf.stages.fits_model import check_prompts
 from hydra_rlhf.stages.held_out import sample_and_score
 from hydra_rlhf.stages.limits import StageLimits
-from hydra_rlhf.stages.pipeline import method_table, stage1_folders
+from hydra_rlhf.stages.pipeline import stage1_folders
 from hydra_rlhf.stages.rollout import sequence_kl
 from hydra_rlhf.stages.scoring.kinds import open_sources
 from hydra_rlhf.stages.scoring.reward_sources import SourceMoments, with_moments

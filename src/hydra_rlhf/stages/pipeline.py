@@ -18,7 +18,7 @@ from hydra_rlhf.model.export import STAGE1_ADAPTER, load_peft_adapter, save_stag
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.load import load_tokenizer, load_trunk, scratch_trunk
 from hydra_rlhf.model.lora import check_rank, find_linears
-from hydra_rlhf.model.roles import ROLES, STAGE1_TABLES, RoleTable, stage1_models, without_roles
+from hydra_rlhf.model.roles import STAGE1_TABLES, RoleTable, method_table, stage1_models
 from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.runtime.randomness import seed_for
 from hydra_rlhf.runtime.run import Run
@@ -213,12 +213,6 @@ def prepare_data(job: Job, model: HydraModel) -> tuple[ChatFormat, Datasets]:
     job.run.write_json("data.json", data.summary)
     job.run.write_json("chat.json", {"template": chat.template})
     return chat, data
-
-
-def method_table(recipe: Recipe) -> RoleTable:
-    """The recipe's table, without a reward role where only a reward function scores."""
-    table = ROLES[recipe.method]
-    return table if recipe.ppo.reward.reward_model_coef else without_roles(table, "reward")
 
 
 def stage1_folders(recipe: Recipe, run: Run) -> dict[str, str]:

@@ -3,21 +3,24 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hydra_rlhf.algorithms.advantages import explained_variance, gae
+from hydra_rlhf.algorithms.advantages import explained_variance
 from hydra_rlhf.algorithms.kl import kl_estimate, next_kl_coef
-from hydra_rlhf.algorithms.masking import standardize, zero_outside
+from hydra_rlhf.algorithms.masking import zero_outside
 from hydra_rlhf.algorithms.rewards import shape_scores, token_rewards, update_moments
 from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.config_checks import kl_estimator, kl_place
 from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
 from hydra_rlhf.errors import Interrupted
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.records import PPOTargets, Rollout
+from hydra_rlhf.stages.estimators import check_roles, describe_groups, estimate_advantages
+from hydra_rlhf.stages.greedy import respond_greedily, score_greedy, with_baselines
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.ppo_single import learn_in_one_pass, learns_while_scoring, roles_to_score
@@ -49,6 +52,7 @@ def train_ppo_stage(
     limits: StageLimits | None = None,
 ) -> PPOState:
     """Stage 2 on a model that stage 1 left. Resumes from the run's newest checkpoint; returns the final state."""
+    check_roles(model.table, config)
     optimizers = build_optimizers(model, config)
     fresh = PPOState(kl_coef=config.kl_coef, limits=limits or StageLimits.of(config))
     restored = restore(session.begin("ppo"), model, optimizers)
@@ -75,6 +79,9 @@ def train_ppo_stage(
                         limits=state.limits,
                         after_token=session.stop.check,
                     )
+                    greedy = respond_greedily(
+                        model, chat, batch, config, stream=stream, limits=state.limits, after_token=session.stop.check
+                    )
             except Interrupted:  # nothing has been learned since the last step, so that is what is saved
                 if state.step > saved_step:
                     save(session, model, optimizers, state)
@@ -91,11 +98,13 @@ def train_ppo_stage(
                     reward_fn=with_moments(reward_fn, state.source_moments),
                     roles=scoring,
                 )
+                baselines = score_greedy(model, greedy, rollout, config, state.limits, reward_fn, state.source_moments)
 
             # Judge: turn scores and token KL into rewards, and rewards into advantages and returns.
             moments = update_moments(state.moments, rollout.scores)
             source_moments = next_moments(state.source_moments, rollout.source_scores, config.reward)
             scale = moments.scale if config.reward.normalize else 1.0
+            rollout = with_baselines(rollout, baselines, config, scale=scale)
 
             # Learn: a few passes of clipped updates over the same rollout; a single one scores it on the way.
             with watch.phase("update"):
@@ -118,6 +127,8 @@ def train_ppo_stage(
 
             # Record: log, steer the KL coefficient, look at held-out prompts, save.
             metrics |= describe(rollout, targets, kl_coef=state.kl_coef)
+            metrics |= describe_critic(rollout, targets) if "critic" in model.table else {}
+            metrics |= describe_groups(targets.rewards, rollout, config)
             num_tokens = int(rollout.batch.response_mask.sum())
             metrics |= watch.metrics({"rollout": num_tokens, "update": num_tokens * config.num_epochs})
             state = replace(
@@ -158,7 +169,7 @@ def judge_tokens(rollout: Rollout, config: PPOConfig, *, kl_coef: float, scale: 
         scale=scale,
     )
     estimator = kl_estimator(config)
-    if estimator != "none" and config.kl_in == "reward":
+    if estimator != "none" and kl_place(config) == "reward":
         kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator)
     else:
         kl = torch.zeros_like(rollout.logprobs)
@@ -172,26 +183,14 @@ def judge(rollout: Rollout, config: PPOConfig, *, kl_coef: float, scale: float) 
 
     Rows that are not valid have none of them, and count in no mean or spread.
     """
-    rewards, learn_mask = judge_tokens(rollout, config, kl_coef=kl_coef, scale=scale), rollout.learn_mask
-    advantages, returns = gae(
-        rewards, rollout.values, learn_mask, discount=config.discount, gae_lambda=config.gae_lambda
-    )
-    return PPOTargets(
-        rewards=rewards,
-        advantages=standardize(advantages, learn_mask),
-        returns=returns,
-        kl_coef=loss_kl_coef(config, kl_coef),
-    )
-
-
-def kl_estimator(config: PPOConfig) -> Literal["k1", "k2", "k3", "none"]:
-    """The per-token KL of the settings: k1 in the reward and k2 in the loss by default."""
-    return config.kl_estimator or ("k1" if config.kl_in == "reward" else "k2")
+    rewards = judge_tokens(rollout, config, kl_coef=kl_coef, scale=scale)
+    advantages, returns = estimate_advantages(rewards, rollout, config)
+    return PPOTargets(rewards=rewards, advantages=advantages, returns=returns, kl_coef=loss_kl_coef(config, kl_coef))
 
 
 def loss_kl_coef(config: PPOConfig, kl_coef: float) -> float:
     """Weight of a KL term in the loss; 0 where the KL is in the rewards, or nowhere."""
-    return kl_coef if kl_estimator(config) != "none" and config.kl_in == "loss" else 0.0
+    return kl_coef if kl_estimator(config) != "none" and kl_place(config) == "loss" else 0.0
 
 
 def steered_kl_coef(config: PPOConfig, kl_coef: float, measured_kl: float, num_sequences: int) -> float:
@@ -210,8 +209,13 @@ def describe(rollout: Rollout, targets: PPOTargets, *, kl_coef: float) -> dict[s
         **summarise(rollout),
         "reward/mean": torch.where(mask, targets.rewards, 0.0).sum(dim=1)[rollout.valid].mean().item(),
         "kl/coef": kl_coef,
-        "ppo/explained_variance": explained_variance(rollout.values, targets.returns, mask).item(),
     }
+
+
+def describe_critic(rollout: Rollout, targets: PPOTargets) -> dict[str, float]:
+    """Metrics of the values that advantages were estimated with."""
+    explained = explained_variance(rollout.values, targets.returns, rollout.learn_mask)
+    return {"ppo/explained_variance": explained.item()}
 
 
 def sample_rows(rollout: Rollout, num_samples: int) -> Iterator[dict[str, Any]]:

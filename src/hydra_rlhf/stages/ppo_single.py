@@ -11,17 +11,18 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from hydra_rlhf.algorithms.advantages import gae
-from hydra_rlhf.algorithms.masking import masked_sum, standardize, zero_outside
+from hydra_rlhf.algorithms.masking import masked_sum, zero_outside
 from hydra_rlhf.config import PPOConfig
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.roles import TRAINABLE_ROLES, RoleTable, passes
 from hydra_rlhf.records import PPOTargets, Rollout, TokenBatch
 from hydra_rlhf.runtime.metrics import Accumulator
 from hydra_rlhf.runtime.optimizer import Optimizer
+from hydra_rlhf.stages.estimators import estimate_advantages, row_weights
 from hydra_rlhf.stages.limits import StageLimits, map_micro_batches
 from hydra_rlhf.stages.micro_batches import micro_batches
 from hydra_rlhf.stages.ppo_state import TrainPass
@@ -57,11 +58,9 @@ def learn_in_one_pass(
     `rewards` are complete: their KL reads the log-probs that sampling left in `rollout`. The critic goes first, since
     the actor needs its values of every row. Returns the rollout with what both said, the targets, and the metrics.
     """
-    mask = rollout.learn_mask
     blank = torch.zeros_like(rewards)
     seen = replace(rollout, logprobs=blank, values=blank.clone(), entropy=blank.clone())  # filled by micro-batches
-    advantages, returns = estimates(rewards, seen.values, mask, config)  # those without a critic
-    targets = PPOTargets(rewards=rewards, advantages=advantages, returns=returns, kl_coef=kl_coef)
+    targets = PPOTargets(rewards=rewards, advantages=blank.clone(), returns=blank.clone(), kl_coef=kl_coef)
     metrics: dict[str, float] = {}
     if not bool(rollout.valid.any()):
         return seen, targets, {"optim/skipped_steps": num_skipped(optimizers), "ppo/update_frac": 1.0}
@@ -69,7 +68,8 @@ def learn_in_one_pass(
     if "critic" in model.table:
         learn = partial(learn_values, model, seen, targets, config)
         metrics |= learn_role(model, optimizers, "critic", rollout, learn, limits)
-    targets = replace(targets, advantages=standardize(targets.advantages, mask))
+    advantages, returns = estimate_advantages(rewards, seen, config)
+    targets = replace(targets, advantages=advantages, returns=returns)
     learn = partial(learn_policy, model, seen, targets, config, rollout.logprobs)
     metrics |= learn_role(model, optimizers, "actor", rollout, learn, limits)
     model.eval()
@@ -100,17 +100,17 @@ def learn_values(
 ) -> Mapping[str, Tensor]:
     """The critic's values of some rows, their targets, and the gradient of the value loss, all from one forward.
 
-    The returns of a row need its own values and no other row's. Fills these rows of `seen.values` and `targets`.
+    The returns of a row need its own values and no other row's. Fills these rows of `seen.values` and of the returns.
     """
     outputs = model.evaluate(micro_batch, ("critic",), temperature=config.sampling.temperature)
     mask, columns = micro_batch.response_mask & seen.valid[rows, None], slice(micro_batch.response_mask.shape[1])
     assert outputs["critic"].values is not None
     values = zero_outside(outputs["critic"].values.detach(), mask)
-    advantages, returns = estimates(targets.rewards[rows, columns], values, mask, config)
+    rewards = targets.rewards[rows, columns]
+    _, returns = gae(rewards, values, mask, discount=config.discount, gae_lambda=config.gae_lambda)
     seen.values[rows, columns] = values
-    targets.advantages[rows, columns] = advantages
     targets.returns[rows, columns] = returns
-    loss = joined_loss(outputs, rows, mask, seen, targets, config, num_tokens(seen))
+    loss = joined_loss(outputs, rows, mask, seen, targets, config, num_tokens(seen), None)
     loss.loss.backward()
     return loss.metrics
 
@@ -134,17 +134,11 @@ def learn_policy(
     assert entropy is not None
     seen.logprobs[rows, columns] = logprobs.detach()
     seen.entropy[rows, columns] = entropy.detach()
-    loss = joined_loss(outputs, rows, mask, seen, targets, config, num_tokens(seen))
+    weights = row_weights(seen, range(len(seen.responses)), config)
+    loss = joined_loss(outputs, rows, mask, seen, targets, config, num_tokens(seen), weights)
     loss.loss.backward()
     gap = masked_sum((logprobs.detach() - sampled_logprobs[rows, columns]).abs(), mask) / num_tokens(seen)
     return {**loss.metrics, "rollout/logprob_gap": gap}
-
-
-def estimates(
-    rewards: Float[Tensor, "b r"], values: Float[Tensor, "b r"], mask: Bool[Tensor, "b r"], config: PPOConfig
-) -> tuple[Float[Tensor, "b r"], Float[Tensor, "b r"]]:
-    """Advantages and returns by the settings."""
-    return gae(rewards, values, mask, discount=config.discount, gae_lambda=config.gae_lambda)
 
 
 def num_tokens(rollout: Rollout) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hydra_rlhf.algorithms.losses import entropy_bonus, kl_loss, ppo_policy_loss, ppo_value_loss
 from hydra_rlhf.config import PPOConfig
+from hydra_rlhf.config_checks import kl_estimator
 from hydra_rlhf.errors import NonFiniteError
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.roles import TRAINABLE_ROLES, passes
@@ -17,6 +18,7 @@ from hydra_rlhf.records import LossOutput, PPOTargets, RoleOutput, Rollout, Toke
 from hydra_rlhf.runtime.metrics import Accumulator
 from hydra_rlhf.runtime.optimizer import Optimizer
 from hydra_rlhf.runtime.randomness import permutation
+from hydra_rlhf.stages.estimators import row_weights
 from hydra_rlhf.stages.limits import StageLimits, map_micro_batches
 from hydra_rlhf.stages.micro_batches import micro_batches
 from hydra_rlhf.stages.ppo_state import TrainPass
@@ -106,6 +108,7 @@ def learn_minibatch(
     if num_tokens == 0:
         return {}, True
     cut = partial(micro_batches, rollout.batch, rows=rows)
+    weights = row_weights(rollout, rows, config)
 
     def learn(roles: Sequence[str], index: Tensor, micro_batch: TokenBatch) -> Mapping[str, Tensor]:
         outputs = model.evaluate(
@@ -115,7 +118,7 @@ def learn_minibatch(
             entropy_gradient=config.entropy_coef > 0,
         )
         mask = micro_batch.response_mask & rollout.valid[index, None]
-        loss = joined_loss(outputs, index, mask, rollout, targets, config, num_tokens)
+        loss = joined_loss(outputs, index, mask, rollout, targets, config, num_tokens, weights)
         loss.loss.backward()
         return loss.metrics
 
@@ -143,9 +146,14 @@ def joined_loss(
     targets: PPOTargets,
     config: PPOConfig,
     num_tokens: int,
+    weights: Tensor | None,
 ) -> LossOutput:
-    """The sum of the losses of the roles that share one trunk pass; alone, each role's own loss unweighted."""
+    """The sum of the losses of the roles that share one trunk pass; alone, each role's own loss unweighted.
+
+    `weights` are the rollout's `row_weights`, of the policy's losses alone.
+    """
     width = mask.shape[1]
+    own_weights = None if weights is None else weights[index]
 
     def cut(x: Tensor) -> Tensor:
         return x[index, :width]
@@ -162,15 +170,23 @@ def joined_loss(
             mask,
             clip_range=config.clip_range,
             num_tokens=num_tokens,
+            row_weights=own_weights,
         )
         parts.append((1.0, logged("loss/policy", policy)))
         if targets.kl_coef:
-            estimator = config.kl_estimator or "k2"
+            estimator = kl_estimator(config)
             assert estimator != "none"
-            kl = kl_loss(new_logprobs, cut(rollout.ref_logprobs), mask, estimator=estimator, num_tokens=num_tokens)
+            kl = kl_loss(
+                new_logprobs,
+                cut(rollout.ref_logprobs),
+                mask,
+                estimator=estimator,
+                num_tokens=num_tokens,
+                row_weights=own_weights,
+            )
             parts.append((targets.kl_coef, logged("loss/kl", kl)))
         if config.entropy_coef:
-            bonus = entropy_bonus(entropy, mask, num_tokens=num_tokens)
+            bonus = entropy_bonus(entropy, mask, num_tokens=num_tokens, row_weights=own_weights)
             parts.append((config.entropy_coef, logged("loss/entropy", bonus)))
     if "critic" in outputs:
         new_values = outputs["critic"].values

@@ -11,7 +11,7 @@ from hydra_rlhf.memory.decide import planner_of, workload_of
 from hydra_rlhf.memory.plan import Cuts, total
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.load import pick_device
-from hydra_rlhf.model.roles import ROLES, trunks
+from hydra_rlhf.model.roles import method_table, trunks
 from hydra_rlhf.model.shapes import find_config, random_trunk, with_layers
 from hydra_rlhf.runtime.measure import PhaseMemory
 from hydra_rlhf.runtime.tensor_bytes import existing_bytes
@@ -43,7 +43,7 @@ def probe_step(recipe: Recipe, *, trust_remote_code: bool = False) -> dict[str, 
     cuts = Cuts(
         micro_batch_tokens=2 * (PROMPT_TOKENS + RESPONSE_TOKENS), rollout_rows=NUM_SEQUENCES, checkpointed_layers=0
     )
-    table = ROLES[recipe.method]
+    table = method_table(recipe)
     planner = planner_of(recipe, config, work, optimizer=recipe.ppo.optimizer, below_rank=0)
     planned = planner.ppo(table, cuts)
     on_cpu = pick_device(recipe.model.device).type == "cpu"
@@ -80,6 +80,7 @@ def run_one_step(model: HydraModel, recipe: Recipe, cuts: Cuts, memory: PhaseMem
         rollout_batch_size=NUM_SEQUENCES,
         minibatch_size=NUM_SEQUENCES,
         num_epochs=1,
+        advantage_estimator="gae" if "critic" in model.table else "reinforce++",
         sampling=sampling,
         optimizer=recipe.ppo.optimizer,
         eval_every=0,

@@ -192,6 +192,7 @@ def collect_rollout(
         scores=added.scores,
         dense_rewards=added.dense_rewards,
         valid=added.valid,
+        baselines=torch.zeros_like(added.scores),
         source_scores=head | added.source_scores,
     )
 

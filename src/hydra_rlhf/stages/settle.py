@@ -13,7 +13,7 @@ from hydra_rlhf.memory.decide import Decision, decide_ppo, decide_stage1, planne
 from hydra_rlhf.memory.measure import count_tensor_bytes
 from hydra_rlhf.memory.plan import Cuts, Phases, Workload
 from hydra_rlhf.model.hydra import HydraModel
-from hydra_rlhf.model.roles import ROLES, STAGE1_ORDER, stage1_models, without_roles
+from hydra_rlhf.model.roles import ROLES, STAGE1_ORDER, rows_in_use, stage1_models
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.examples import Example, longest
 from hydra_rlhf.stages.limits import StageLimits
@@ -99,7 +99,7 @@ def plan_every_method(recipe: Recipe, model: HydraModel, decided: Mapping[str, A
     config = trunk.model.config
     planned: dict[str, Phases] = {}
     for method, table in ROLES.items():
-        table = table if "reward" in model.table else without_roles(table, "reward")
+        table = rows_in_use(table, with_reward="reward" in model.table, with_critic="critic" in model.table)
         other = recipe_for(recipe, method)
         phases: dict[str, Mapping[str, int]] = {}
         for stage in stage1_models(table) if stage1 is not None else ():

@@ -1,12 +1,15 @@
 """Mistakes in `algorithms/losses.py`: {function: [(what went wrong, source, source with the mistake)]}."""
 
-SURROGATE = "    loss = masked_sum(torch.maximum(unclipped, clipped), mask) / num_tokens"
+SURROGATE = "    loss = masked_sum(_weighted(torch.maximum(unclipped, clipped), row_weights), mask) / num_tokens"
+MAX = "torch.maximum(unclipped, clipped)"
 CLAMP = "-advantages * ratio.clamp(1 - clip_range, 1 + clip_range)"
 UPDATE_KL = "masked_sum(torch.expm1(log_ratio) - log_ratio, mask) / num_tokens"
 VALUE = "    loss = 0.5 * masked_sum(torch.maximum(error, held_error), mask) / num_tokens"
 HELD = "old_values + change.clamp(-clip_range, clip_range)"
-ENTROPY = "LossOutput(loss=-masked_sum(entropy, mask) / num_tokens, metrics={})"
-KL_LOSS = "LossOutput(loss=masked_sum(estimate, mask) / num_tokens, metrics={})"
+ENTROPY_SUM = "masked_sum(_weighted(entropy, row_weights), mask)"
+ENTROPY = f"LossOutput(loss=-{ENTROPY_SUM} / num_tokens, metrics={{}})"
+KL_SUM = "masked_sum(_weighted(estimate, row_weights), mask)"
+KL_LOSS = f"LossOutput(loss={KL_SUM} / num_tokens, metrics={{}})"
 NEW = "zero_outside(new_logprobs, mask)"
 SFT = "LossOutput(loss=-masked_sum(logprobs, mask) / num_tokens, metrics={})"
 RANKING = "-F.logsigmoid(margins).sum() / num_pairs"
@@ -15,6 +18,12 @@ ACCURACY = "((margins > 0).sum() + 0.5 * (margins == 0).sum()) / num_pairs"
 CHANGES = {
     "ppo_policy_loss": [
         ("clip removed", SURROGATE, SURROGATE.replace("torch.maximum(unclipped, clipped)", "unclipped")),
+        (
+            "weights ignored",
+            SURROGATE,
+            SURROGATE.replace("_weighted(torch.maximum(unclipped, clipped), row_weights)", MAX),
+        ),
+        ("weights make the loss wider", "row_weights.to(x.dtype).unsqueeze(1)", "row_weights.unsqueeze(1)"),
         ("only the clipped one", SURROGATE, SURROGATE.replace("torch.maximum(unclipped, clipped)", "clipped")),
         ("max to min", SURROGATE, SURROGATE.replace("maximum", "minimum")),
         ("mask ignored", SURROGATE, SURROGATE.replace("masked_sum(", "(").replace(", mask)", ").sum()")),
@@ -58,18 +67,20 @@ CHANGES = {
     ],
     "entropy_bonus": [
         ("sign", ENTROPY, ENTROPY.replace("=-", "=")),
-        ("mask ignored", ENTROPY, ENTROPY.replace("masked_sum(entropy, mask)", "entropy.sum()")),
-        ("multiplied by the mask", ENTROPY, ENTROPY.replace("masked_sum(entropy, mask)", "(entropy * mask).sum()")),
-        ("mask inverted", ENTROPY, ENTROPY.replace("entropy, mask", "entropy, ~mask")),
+        ("mask ignored", ENTROPY, ENTROPY.replace(ENTROPY_SUM, "entropy.sum()")),
+        ("weights ignored", ENTROPY, ENTROPY.replace("_weighted(entropy, row_weights)", "entropy")),
+        ("multiplied by the mask", ENTROPY, ENTROPY.replace(ENTROPY_SUM, "(entropy * mask).sum()")),
+        ("mask inverted", ENTROPY, ENTROPY.replace(", mask)", ", ~mask)")),
         ("local count", ENTROPY, ENTROPY.replace("num_tokens", "mask.sum()")),
         ("sum, not mean", ENTROPY, ENTROPY.replace(" / num_tokens", "")),
     ],
     "kl_loss": [
         ("sign", KL_LOSS, KL_LOSS.replace("loss=", "loss=-")),
+        ("weights ignored", KL_LOSS, KL_LOSS.replace("_weighted(estimate, row_weights)", "estimate")),
         ("roles swapped", NEW + ", ref_logprobs,", "ref_logprobs, " + NEW + ","),
         ("overflow in padding", NEW, "new_logprobs"),
         ("estimator ignored", "ref_logprobs, estimator)", 'ref_logprobs, "k2")'),
-        ("mask ignored", KL_LOSS, KL_LOSS.replace("masked_sum(estimate, mask)", "estimate.sum()")),
+        ("mask ignored", KL_LOSS, KL_LOSS.replace(KL_SUM, "estimate.sum()")),
         ("local count", KL_LOSS, KL_LOSS.replace("num_tokens", "mask.sum()")),
         ("sum, not mean", KL_LOSS, KL_LOSS.replace(" / num_tokens", "")),
     ],
