@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from hydra_rlhf.errors import DataError, HydraError
 
 if TYPE_CHECKING:
     from hydra_rlhf.data.rows import Message, PromptValue
-    from hydra_rlhf.reporting.chat_view import LiveView, View
+    from hydra_rlhf.reporting.chat_view import LiveView, PlainView, View
     from hydra_rlhf.stages.chat import Speakers, Turn
 
 DESCRIPTION = """\
@@ -64,7 +65,7 @@ def temperature(text: str) -> float:
 
 def chat(args: argparse.Namespace) -> None:
     """`chat`: a conversation at a terminal, else an answer to each prompt given."""
-    from hydra_rlhf.reporting.chat_view import LiveView, view_for
+    from hydra_rlhf.reporting.chat_view import JsonView, view_for
     from hydra_rlhf.stages.chat import open_speakers
 
     speakers = open_speakers(
@@ -76,12 +77,17 @@ def chat(args: argparse.Namespace) -> None:
         trust_remote_code=args.trust_remote_code,
     )
     view = view_for(as_json=args.json)
-    if args.prompt is None and sys.stdin.isatty() and isinstance(view, LiveView):
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if args.prompt is None and at_terminal and not isinstance(view, JsonView):
         with terminated_as_an_exit():
             Conversation(speakers, view).hold()
         return
-    for number, prompt in enumerate(args.prompt or lines_of_standard_input()):
-        answer(speakers, view, speakers.begin(prompt, number))
+    try:
+        for number, prompt in enumerate(args.prompt or lines_of_standard_input()):
+            answer(speakers, view, speakers.begin(prompt, number))
+    except BrokenPipeError as error:  # who reads the answers wants no more of them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain when it closes standard output
+        raise SystemExit(1) from error
 
 
 def answer(
@@ -115,7 +121,7 @@ class Conversation:
     """What is asked and answered at a terminal. Both roles see the same history."""
 
     speakers: "Speakers"
-    view: "LiveView"
+    view: "LiveView | PlainView"
     history: "list[Message]" = field(default_factory=list)
     last: "Turn | None" = None
     """The turn whose answers `/keep` chooses between."""
@@ -131,7 +137,7 @@ class Conversation:
             try:
                 line = read_prompt()
             except EOFError:
-                self.view.console.print()
+                print()  # the shell's next prompt begins a line of its own
                 return
             if line.strip() == "/quit":
                 return
@@ -241,7 +247,7 @@ def read_prompt() -> str:
             lines[-1] = lines[-1][:-1]
             lines.append(input("...> "))
     except KeyboardInterrupt:
-        print()  # the shell's next prompt begins a line of its own
+        print()
         raise
     return "\n".join(lines)
 

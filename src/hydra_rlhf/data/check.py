@@ -146,7 +146,7 @@ def verdict(report: DataReport) -> str:
         return f"PROBLEM: {report.problem}"
     first = report.rows.rows[0] if report.rows is not None else None
     setting = {Demonstration: "data.demonstrations", Prompt: "data.prompts"}.get(type(first), "data.train")
-    return f"ok: a run can use this file as {setting}"
+    return f"ok: a run can use this as {setting}"
 
 
 def render_report(report: DataReport) -> str:

@@ -4,8 +4,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Protocol
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -29,14 +29,6 @@ LINE_BREAK = "\n" + " " * INDENT
 STYLES = {"actor": "cyan", "reference": "magenta"}
 
 
-class View(Protocol):
-    """Where turns are shown."""
-
-    def watching(self, turn: "Turn") -> AbstractContextManager[Callable[[], None]]:
-        """Entered while a turn is made; what it gives is called after each round of tokens."""
-        ...
-
-
 class PlainView:
     """Each turn as lines of text once it is done; no escape code, no control character."""
 
@@ -45,6 +37,10 @@ class PlainView:
         """Print the turn when it is made."""
         yield lambda: None
         print(plain_text(turn), flush=True)
+
+    def tell(self, message: str) -> None:
+        """A line that is nobody's response."""
+        print(printable(message), flush=True)
 
 
 class JsonView:
@@ -86,6 +82,10 @@ class LiveView:
         self.console.print(Text(printable(message), style="dim"))
 
 
+View = PlainView | JsonView | LiveView
+"""Where turns are shown."""
+
+
 def view_for(*, as_json: bool) -> View:
     """Panes where standard output is a terminal that can move its cursor, else lines."""
     if as_json:
@@ -99,11 +99,12 @@ def panes(turn: "Turn", console: Console, *, height: int | None) -> RenderableTy
     num_panes = len(turn.answers)
     beside = num_panes * MIN_PANE_WIDTH <= console.width
     width = console.width // num_panes if beside else console.width
+    inside = max(1, width - FRAME_COLUMNS)
     lines = None if height is None else max(1, height // (1 if beside else num_panes) - FRAME_LINES)
     bodies: dict[str, Text] = {}
     for role, answer in turn.answers.items():
-        text = Text(printable(answer.text)).wrap(console, width - FRAME_COLUMNS)
-        numbers = Text(" · ".join(numbers_of(answer)), style="dim").wrap(console, width - FRAME_COLUMNS)
+        text = Text(printable(answer.text)).wrap(console, inside)
+        numbers = Text(" · ".join(numbers_of(answer)), style="dim").wrap(console, inside)
         bodies[role] = Text("\n").join([*text[-lines if lines else 0 :], *numbers])
     highest = max(body.plain.count("\n") for body in bodies.values()) + 3
     drawn = [
@@ -138,5 +139,5 @@ def numbers_of(answer: "Answer") -> list[str]:
     """What is known about a response so far, in words."""
     known = [] if answer.score is None else [f"score {answer.score:+.2f}"]
     known += [] if answer.kl is None else [f"KL {answer.kl:.2f} nats"]
-    known += [f"{len(answer.ids)} tokens", f"{answer.tokens_per_s:.1f} tokens/s"]
+    known += [f"{len(answer.ids)} token{'s' * (len(answer.ids) != 1)}", f"{answer.tokens_per_s:.1f} tokens/s"]
     return known if answer.ended or answer.score is None else [*known, "no stop token"]
