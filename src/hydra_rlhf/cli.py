@@ -78,7 +78,9 @@ def add_recipe_commands(commands: Any) -> None:
         command.add_argument(
             "recipe", type=Path, help="YAML file, e.g. recipes/quick.yaml; its `name` is the run folder's"
         )
-        command.add_argument("--resume", action="store_true", help="continue the run that is there, if any")
+        command.add_argument(
+            "--resume", action="store_true", help="continue the run that is there, if any (without this it is refused)"
+        )
         add_trust_option(command)
         command.set_defaults(command=run, until=until, takes_settings=True)
     text = "the whole pipeline on the built-in world with a tiny model trained from nothing, on a CPU, with a report"

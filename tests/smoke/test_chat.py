@@ -191,8 +191,9 @@ def test_a_conversation_at_a_terminal(finished: Path, tmp_path: Path) -> None:
         # A response of two tokens, and all that is shown of it.
         terminal.type("/max-tokens 2\n")
         terminal.read_until("you> ")
-        terminal.type("where is cat 1?\n")
+        terminal.type("/example\n")
         turn = terminal.read_until("you> ")
+        assert re.search(r"user: where is cat \d+\?", plain(turn))
         assert turn.rindex("\x1b[?25h") > turn.rindex("\x1b[?25l")  # the cursor was hidden and came back
         assert re.search(r"╭─ actor ─+╮╭─ reference ─+╮", plain(turn))
         assert len(re.findall(r"score [+-]\d+\.\d\d", plain(turn))) >= 2
@@ -202,7 +203,7 @@ def test_a_conversation_at_a_terminal(finished: Path, tmp_path: Path) -> None:
         terminal.type("/max-tokens 400\n")
         terminal.read_until("you> ")
         terminal.type("where is cat 2?\n")
-        terminal.read_until(" actor ")
+        terminal.read_until("[2-9] tokens")
         terminal.type("\x03")
         stopped = plain(terminal.read_until("you> "))
         lengths = [int(number) for number in re.findall(r"(\d+) tokens", stopped)]

@@ -14,7 +14,7 @@ SHOWN = "red \\x1b[31mX\\x1b]0;title\\x07 \\x9b2J [bold]no[/bold] :smile: a\\u20
 
 
 def answer(text: str, **changes: object) -> Answer:
-    settings = {"ids": [5] * 4, "seconds": 2.0, "score": 1.25, "ended": True}
+    settings = {"ids": [5] * 4, "seconds": 2.0, "score": 1.25, "ended": True, "done": True}
     return Answer(text=text, **(settings | changes))  # pyright: ignore[reportArgumentType]
 
 
@@ -89,8 +89,8 @@ def test_plain_lines():
 
 
 def test_numbers_say_what_is_known():
-    assert numbers_of(answer("a", score=None)) == ["4 tokens", "2.0 tokens/s"]
-    assert numbers_of(answer("a", ended=False)) == ["score +1.25", "4 tokens", "2.0 tokens/s", "no stop token"]
+    assert numbers_of(answer("a", score=None, ended=False, done=False)) == ["4 tokens", "2.0 tokens/s"]
+    assert numbers_of(answer("a", ids=[7], ended=False)) == ["score +1.25", "1 token", "0.5 tokens/s", "no stop token"]
 
 
 def test_messages_are_printed_without_control_characters(capsys: pytest.CaptureFixture[str]):
@@ -120,6 +120,7 @@ def test_a_terminal_sees_the_text_grow_and_gets_its_cursor_back():
         turn.answers["actor"].text = "begun"
         update()
         growing = file.getvalue()
+        assert growing.count(" actor ") == 2  # empty panes before the first token, which may take a while
         assert "begun" in growing
         turn.answers["actor"].text = "begun and done"
         update()  # too soon after the last picture

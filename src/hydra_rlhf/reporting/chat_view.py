@@ -73,7 +73,8 @@ class LiveView:
                 shown_at = time.monotonic()
 
         # Nothing is drawn by a thread of its own: it would take turns with the model on the same cores.
-        with Live(console=self.console, auto_refresh=False, transient=True, vertical_overflow="crop") as live:
+        first = panes(turn, self.console, height=self.console.height)
+        with Live(first, console=self.console, auto_refresh=False, transient=True, vertical_overflow="crop") as live:
             yield update
         self.console.print(panes(turn, self.console, height=None))
 
@@ -140,4 +141,4 @@ def numbers_of(answer: "Answer") -> list[str]:
     known = [] if answer.score is None else [f"score {answer.score:+.2f}"]
     known += [] if answer.kl is None else [f"KL {answer.kl:.2f} nats"]
     known += [f"{len(answer.ids)} token{'s' * (len(answer.ids) != 1)}", f"{answer.tokens_per_s:.1f} tokens/s"]
-    return known if answer.ended or answer.score is None else [*known, "no stop token"]
+    return [*known, "no stop token"] if answer.done and not answer.ended else known

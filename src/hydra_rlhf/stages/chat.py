@@ -44,10 +44,12 @@ class Answer:
     """What can be read so far: never the first half of a character."""
     ended: bool = False
     """Whether it came to a stop token."""
+    done: bool = False
+    """Whether nothing will be added any more."""
     seconds: float = 0.0
     """Spent on it alone, the pass over the prompt included."""
     score: float | None = None
-    """The reward head's; None before it has looked, and where the method has none."""
+    """The reward head's; None before it is done, and where the method has no such head."""
     kl: float | None = None
     """Estimate k1 of KL(actor || reference) in nats, at the sampling temperature; the actor's response only."""
 
@@ -196,7 +198,9 @@ class Speakers:
         return [prompt.text if prompt.original is None else prompt.original for prompt in prompts]
 
     def judge(self, turn: Turn) -> None:
-        """Fill in what the reward head says of each response, and the KL of the actor's."""
+        """End the turn: fill in what the reward head says of each response, and the KL of the actor's."""
+        for answer in turn.answers.values():
+            answer.done = True
         looking = [role for role in ("reference", "reward") if role in self.model.table]
         spoken = [role for role, answer in turn.answers.items() if answer.ids]
         if not looking or not spoken:
