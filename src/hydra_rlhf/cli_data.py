@@ -14,7 +14,7 @@ def add_data_command(commands: Any, *, read_recipe: Callable[[None, Sequence[str
     command = commands.add_parser("data", help="what a data file holds and what is wrong with it")
     actions = command.add_subparsers(required=True, metavar="ACTION")
     text = "what would be read, lengths, the longer-wins baseline, all problems"
-    epilog = "Settings of the recipe that reads it can be given too, e.g. --data.format pairs --data.columns prompt question."
+    epilog = "Settings of data can be given too, e.g. --data.format pairs --data.columns prompt question."
     check = actions.add_parser("check", help=text, description=text, epilog=epilog)
     check.add_argument("file", help="local file, hub name, or `world` for the built-in one")
     check.add_argument("--tokenizer", default=None, help="model folder or hub name, to count tokens too")
