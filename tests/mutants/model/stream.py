@@ -21,6 +21,5 @@ CHANGES = {
             "states = trunk.hidden_states(tokens, attention, adapter=adapter,",
             "states = trunk.hidden_states(tokens, attention, adapter=None,",
         ),
-        ("graph kept", "@torch.no_grad()", "@torch.enable_grad()"),
     ],
 }
