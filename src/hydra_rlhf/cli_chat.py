@@ -231,7 +231,7 @@ class Conversation:
         if self.examples is None:
             prompts = self.speakers.examples()
             self.examples = (prompts[i % len(prompts)] for i in range(sys.maxsize))
-        prompt = next(self.examples)
+        prompt: PromptValue = next(self.examples)
         if isinstance(prompt, str) and self.speakers.takes_conversations:
             prompt = [{"role": "user", "content": prompt}]
         said = [prompt] if isinstance(prompt, str) else [f"{turn['role']}: {turn['content']}" for turn in prompt]

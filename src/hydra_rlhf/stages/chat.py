@@ -17,7 +17,7 @@ from hydra_rlhf.data.formats import ChatFormat
 from hydra_rlhf.data.rows import PromptValue
 from hydra_rlhf.errors import ConfigError, DataError, OutOfMemoryError
 from hydra_rlhf.model.hydra import HydraModel
-from hydra_rlhf.model.stream import stream_tokens
+from hydra_rlhf.model.stream import DrawnToken, stream_tokens
 from hydra_rlhf.model.trunk import text_config
 from hydra_rlhf.records import TokenBatch
 from hydra_rlhf.runtime.randomness import uniforms
@@ -174,7 +174,7 @@ class Speakers:
         while talking:
             for role, tokens in list(talking.items()):
                 answer, began = turn.answers[role], time.perf_counter()
-                token = attempt(next, tokens, None)
+                token = attempt(next_token, tokens)
                 answer.seconds += time.perf_counter() - began
                 if isinstance(token, MemoryFailure):
                     raise OutOfMemoryError(
@@ -247,6 +247,11 @@ def open_speakers(
         seed=seed,
     )
     return speakers.changed(temperature=temperature, max_tokens=max_tokens or sampling.max_response_tokens)
+
+
+def next_token(tokens: Iterator[DrawnToken]) -> DrawnToken | None:
+    """The next one; None at the end."""
+    return next(tokens, None)
 
 
 def num_positions(model: HydraModel) -> int | None:
