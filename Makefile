@@ -27,7 +27,7 @@ endif
 FIND_INDEX = index="$(TORCH_INDEX)"; \
 	if [ -z "$$index" ] && $(PYTHON) -c '$(ANSWERS)' "$(TORCH_CPU_INDEX)" 2>/dev/null; then index="$(TORCH_CPU_INDEX)"; fi
 
-.PHONY: help setup demo test lint types format bench-peers bench-memory bench-speed clean
+.PHONY: help setup demo test lint types format bench-peers bench-rounds bench-memory bench-speed clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -54,11 +54,16 @@ format: $(READY) ## format the code and mend what lint can mend
 
 bench-peers: .venv-bench/.ready .venv-trl/.ready .venv-agilerl/.ready ## environments of the benchmarks against peers (13 GB)
 
-bench-memory: $(READY) bench-peers ## the memory benchmark: about an hour on two quiet cores
-	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory.json --hydra-python .venv-bench/bin/python
+bench-rounds: $(READY) bench-peers ## memory and time beside the peers: three rounds, about an hour on two quiet cores
+	$(BIN)/python benchmarks/peers_rounds.py --hydra-python .venv-bench/bin/python
+	$(BIN)/python benchmarks/tables.py
 
-bench-speed: $(READY) bench-peers ## the speed benchmark and the result tables; wants quiet cores
-	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed.json --hydra-python .venv-bench/bin/python
+bench-memory: $(READY) ## the rest of the memory benchmark: about five minutes
+	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory.json
+	$(BIN)/python benchmarks/tables.py
+
+bench-speed: $(READY) ## the rest of the speed benchmark: about twelve minutes on two quiet cores
+	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed.json
 	$(BIN)/python benchmarks/tables.py
 
 clean: ## remove .venv, builds and caches; run folders stay

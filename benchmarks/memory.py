@@ -1,10 +1,9 @@
-"""Memory of this project's PPO beside its peers', beside GRPO's price and full SFT, and what a layer keeps.
+"""Memory of this project's PPO beside GRPO's price and full SFT, and what a layer keeps.
 
     python benchmarks/memory.py --out benchmarks/results/memory.json
 
 Each part can be run alone (`--part kept`); the others' results stay in the file. Weights are random and made anew in a
-temporary folder. The peers' environments, and one of this package without development tools, come from
-`make bench-peers`.
+temporary folder. Beside its peers it is measured by `peers_rounds.py`.
 """
 
 import argparse
@@ -12,14 +11,15 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from memory_peers import Pythons, measure_peers, systems
 from memory_workload import HERE, Workload, last_json, make_workload, run_measured
 from parts import circumstances, write_part
 
+UPDATES = 2
+"""PPO updates of a run; the second holds all that later ones do."""
 GRPO_BAR = 1.12
 """Most of the peak tensor bytes that the critic may cost."""
 SFT_BAR = 0.40
@@ -28,23 +28,9 @@ KEPT_BAR = 1.10
 """Most that a layer may keep over what it cannot do without."""
 
 
-def peers(args: argparse.Namespace, work: Path, workload: Workload) -> dict[str, Any]:
-    """Peak resident memory and seconds per sample against TRL and AgileRL."""
-    pythons = Pythons(hydra=args.hydra_python, trl=args.trl_python, agilerl=args.agilerl_python)
-    return measure_peers(
-        work,
-        workload,
-        pythons,
-        repeats=args.repeats,
-        threads=args.threads,
-        budget=args.budget,
-        chosen=args.systems,
-    )
-
-
 def tensor_bytes(args: argparse.Namespace, work: Path, workload: Workload, run: str, policy: str) -> dict[str, Any]:
-    """Peak tensor bytes of one run of this program in its own process; two updates hold all that later ones do."""
-    options = replace(workload, updates=2).peer_options()
+    """Peak tensor bytes of one run of this program in its own process."""
+    options = workload.peer_options()
     command = [sys.executable, str(HERE / "memory_tensors.py"), str(work), run, "--checkpointing", policy, *options]
     return last_json(run_measured(command, threads=args.threads).output) | {"checkpointing": policy}
 
@@ -85,7 +71,6 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path, Workload], dict[str, Any]]]
     "kept": kept,
     "grpo_price": grpo_price,
     "full_sft": full_sft,
-    "peers": peers,
 }
 
 
@@ -94,19 +79,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to renew parts of")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given more than once")
-    parser.add_argument("--systems", choices=systems(), nargs="+", default=systems(), help="of the part `peers`")
     parser.add_argument("--shape", choices=["30m", "60m", "135m"], default="135m")
-    parser.add_argument("--updates", type=int, default=5, help="of each run of `peers`; the first is not timed")
     parser.add_argument("--batch", type=int, default=16, help="sequences per update")
     parser.add_argument("--response", type=int, default=64, help="tokens of each response")
     parser.add_argument("--micro", type=int, default=4, help="rows per forward of the update")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA sets")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of `peers`")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of every process")
-    parser.add_argument("--budget", default="auto", help="memory.budget of this project's runs")
-    parser.add_argument("--hydra-python", default=sys.executable, help="environment of this project's side of `peers`")
-    parser.add_argument("--trl-python", default=".venv-trl/bin/python")
-    parser.add_argument("--agilerl-python", default=".venv-agilerl/bin/python")
     return parser.parse_args()
 
 
@@ -119,7 +97,7 @@ def main() -> None:
         response=args.response,
         micro=args.micro,
         rank=args.rank,
-        updates=args.updates,
+        updates=UPDATES,
     )
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         work = Path(folder)

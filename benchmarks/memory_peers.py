@@ -7,12 +7,12 @@ included, and the same for all. This project's side is its command line with a r
 import json
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from memory_workload import HERE, Measured, Workload, last_json, recipe, run_measured
+from memory_workload import HERE, PROMPT_TOKENS, Measured, Workload, last_json, recipe, run_measured
 
 POLICIES = ("none", "layers", "auto")
 """This project's runs, by `memory.checkpointing`."""
@@ -45,26 +45,13 @@ class Pythons:
         return getattr(self, system.partition("-")[0])
 
 
-def systems() -> list[str]:
-    """Every run of one round, in order."""
-    return [*(f"hydra-{policy}" for policy in POLICIES), *PEER_SCRIPTS]
-
-
-def measure_peers(
-    work: Path, workload: Workload, pythons: Pythons, *, repeats: int, threads: int, budget: str, chosen: Sequence[str]
-) -> dict[str, Any]:
-    """All chosen systems, in turns, so that a busy minute does not fall on one of them alone."""
-    runs = in_turns(
-        chosen,
-        repeats,
-        lambda system, repeat: run_system(work, workload, pythons, system, repeat, threads=threads, budget=budget),
-    )
+def described(pythons: Pythons, chosen: Sequence[str], workload: Workload, *, threads: int) -> dict[str, Any]:
+    """The workload, what is installed in each environment, and what importing that much takes by itself."""
     environments = environments_of(pythons, chosen)
     return {
+        "workload": asdict(workload) | {"prompt": PROMPT_TOKENS},
         "versions": {name: versions(python) for name, python in environments.items()},
         "imports_rss_mib": {name: imports_rss_mib(python, threads) for name, python in environments.items()},
-        **summarise(runs),
-        "runs": runs,
     }
 
 

@@ -1,39 +1,21 @@
-"""Time per sample of this project's PPO: beside its peers', of the five methods, as it grows, against the floor.
+"""Time per sample of this project's PPO: of the five methods, as it grows, of a decode step against its floor.
 
     python benchmarks/speed.py --out benchmarks/results/speed.json
 
 Each part can be run alone (`--part ladder`); the others' results stay in the file, and each is written as soon as it is
-there. Weights are random. The peers' environments, and one of this package without development tools, come from
-`make bench-peers`.
+there. Weights are random. Beside its peers it is measured by `peers_rounds.py`.
 """
 
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from memory_peers import Pythons
-from memory_workload import HERE, Workload, last_json, make_workload, run_measured
+from memory_workload import HERE, last_json, run_measured
 from parts import circumstances, write_part
-from speed_runs import SPEED_SYSTEMS, measure_ladder, measure_peers
-
-PEERS_PART = "peers"
-
-
-def peers(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds per sample against TRL and AgileRL on the shared workload, in float32 and in the default precision."""
-    workload = Workload(
-        shape=args.peer_shape, batch=args.batch, response=args.response, micro=4, rank=16, updates=args.updates
-    )
-    pythons = Pythons(hydra=args.hydra_python, trl=args.trl_python, agilerl=args.agilerl_python)
-    with tempfile.TemporaryDirectory(prefix="speed-") as folder:
-        make_workload(Path(folder), workload.shape)
-        return measure_peers(
-            Path(folder), workload, pythons, repeats=args.repeats, threads=args.threads, chosen=args.systems
-        )
+from speed_runs import measure_ladder
 
 
 def ladder(args: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +41,6 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "scaling": own_process("scaling.py"),
     "decode_floor": own_process("decode_floor.py"),
     "unequal_lengths": own_process("unequal_lengths.py"),
-    PEERS_PART: peers,
 }
 
 
@@ -70,23 +51,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given more than once")
     parser.add_argument("--quick", action="store_true", help="the smallest form of the parts that measure this project")
     parser.add_argument("--shape", default="smollm2-135m", help="model of `ladder` and `decode_floor`")
-    parser.add_argument("--peer-shape", choices=["30m", "60m", "135m"], default="135m", help="model of `peers`")
-    parser.add_argument("--systems", choices=SPEED_SYSTEMS, nargs="+", default=SPEED_SYSTEMS, help="of `peers`")
-    parser.add_argument("--batch", type=int, default=16, help="sequences per update of `peers`")
-    parser.add_argument("--response", type=int, default=64, help="tokens of each response of `peers` and `ladder`")
-    parser.add_argument("--updates", type=int, default=4, help="of each run of `peers`; the first is not timed")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of `peers`")
+    parser.add_argument("--response", type=int, default=64, help="tokens of each response of `ladder`")
     parser.add_argument("--ladder-batch", type=int, default=8, help="sequences per PPO step of `ladder`")
     parser.add_argument("--ladder-repeats", type=int, default=2, help="rounds of `ladder`")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of every process")
     parser.add_argument("--hydra-python", default=sys.executable, help="environment of this project's side")
-    parser.add_argument("--trl-python", default=".venv-trl/bin/python")
-    parser.add_argument("--agilerl-python", default=".venv-agilerl/bin/python")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure the chosen parts, one after the other, the peers last because they take longest."""
+    """Measure the chosen parts, one after the other."""
     args = parse_arguments()
     for name in args.part or PARTS:
         before = {"measured": circumstances(args.threads)}

@@ -1,41 +1,23 @@
-"""Runs of `hydra-rlhf bench` and of the peers' scripts in processes of their own, taken in turns, for `speed.py`."""
+"""Runs of `hydra-rlhf bench` in processes of its own, for `speed.py` and `peers_rounds.py`."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from memory_peers import PEER_SCRIPTS, Pythons, environments_of, in_turns, run_peer, versions
+from memory_peers import PEER_SCRIPTS, in_turns
 from memory_workload import PROMPT_TOKENS, Workload, run_measured
 
 OURS: dict[str, list[str]] = {"hydra-float32": ["--dtype", "float32"], "hydra-default": []}
 """This project's runs beside the peers: {name: options}; the peers compute in float32."""
-SPEED_SYSTEMS = [*OURS, *PEER_SCRIPTS]
 METHODS = ("ppo", "lora-ppo", "d-lora-ppo", "j-hydra-ppo", "hydra-ppo")
 LADDER_ITERATIONS = 3
 
 
-def measure_peers(
-    work: Path, workload: Workload, pythons: Pythons, *, repeats: int, threads: int, chosen: Sequence[str]
-) -> dict[str, Any]:
-    """All chosen systems in turns: medians of their rounds, and how much faster than each peer this project is."""
-
-    def run(system: str, _: int) -> dict[str, Any]:
-        python = pythons.of(system)
-        if system in OURS:
-            return run_bench(python, [*workload_options(work, workload), *OURS[system]], threads=threads)
-        return run_peer(python, work, workload, system, threads=threads)
-
-    runs = in_turns(chosen, repeats, run)
-    environments = environments_of(pythons, chosen)
-    return {
-        "workload": asdict(workload) | {"prompt": PROMPT_TOKENS},
-        "versions": {name: versions(python) for name, python in environments.items()},
-        **speedups(runs),
-        "runs": runs,
-    }
+def run_on_workload(python: str, work: Path, workload: Workload, system: str, *, threads: int) -> dict[str, Any]:
+    """One of `OURS` on the peers' workload."""
+    return run_bench(python, [*workload_options(work, workload), *OURS[system]], threads=threads)
 
 
 def workload_options(work: Path, workload: Workload) -> list[str]:

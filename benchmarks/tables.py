@@ -43,8 +43,13 @@ def block(name: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     file, part, table = TABLES[name]
     content = results.get(file, {}).get(part)
     if content is None:
-        return f"Not measured yet: `{COMMANDS[file]} --part {part}`."
-    return f"{table(content)}\n\n{conditions(content)} Repeat: `{COMMANDS[file]} --part {part}`."
+        return f"Not measured yet: `{command(file, part)}`."
+    return f"{table(content)}\n\n{conditions(content)} Repeat: `{command(file, part)}`."
+
+
+def command(file: str, part: str) -> str:
+    """What makes a part of a result file."""
+    return "make bench-rounds" if part == "peers" else f"{COMMANDS[file]} --part {part}"
 
 
 def conditions(content: Mapping[str, Any]) -> str:

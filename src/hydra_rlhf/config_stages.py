@@ -70,8 +70,14 @@ class SamplingConfig:
     """Keep the k likeliest tokens; 0 = all. Anything else biases the PPO ratio."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Keep the smallest set of tokens with this much probability; 1 = all. Anything else biases the PPO ratio."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Keep tokens at least this share as likely as the likeliest; 0 = all. Anything else biases the PPO ratio."""
     stop_token_ids: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
     """Ids that end a response; default: the model's generation config, else the tokenizer's EOS."""
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a response as well; what it is judged by is the text before them."""
+    engine: Literal["slots", "generate"] = "slots"
+    """`slots`: this project's decoding; `generate`: that of transformers, slower, with the same draws."""
     batch_rows: PositiveInt | None = None
     """Responses decoded together, a memory knob only; none = as many of the rollout batch as the memory plan allows."""
 

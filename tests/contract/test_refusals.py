@@ -14,7 +14,7 @@ from hydra_rlhf.errors import ConfigError, DataError, Interrupted, ModelError, N
 from hydra_rlhf.model.export import save_stage1
 from hydra_rlhf.model.load import load_trunk
 from hydra_rlhf.model.probe import check_trunk
-from hydra_rlhf.model.sample import draw
+from hydra_rlhf.model.sample import sample_tokens
 from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.recipes import load_recipe
 from hydra_rlhf.runtime.run import Run, delete_run
@@ -83,10 +83,23 @@ def test_a_setting_given_twice_is_refused(tmp_path: Path):
         load_recipe(tmp_path / "twice.yaml")
 
 
-def test_logits_that_are_not_finite_are_not_sampled_from():
-    config = ppo_config().sampling
+@pytest.mark.parametrize("engine", ["slots", "generate"])
+def test_logits_that_are_not_finite_are_not_sampled_from(engine):
+    trunk = tiny_hydra("hydra-ppo").trunk("hydra")
+    with torch.no_grad():
+        trunk.lm_head.weight[7] = float("nan")
+    prompts = torch.tensor([[3, 4, 5]])
     with pytest.raises(NonFiniteError, match="logits are not finite"):
-        draw(torch.tensor([[0.0, float("nan")]]), torch.tensor([0.5]), config)
+        sample_tokens(
+            trunk,
+            None,
+            prompts,
+            torch.ones_like(prompts, dtype=torch.bool),
+            torch.full((1, 4), 0.5),
+            SamplingConfig(engine=engine),
+            stop_ids=(2,),
+            pad_id=0,
+        )
 
 
 def test_a_stop_during_a_rollout_keeps_the_steps_before_it(tmp_path: Path):

@@ -21,6 +21,7 @@ import memory_kept
 import memory_peers
 import memory_tensors
 import memory_workload
+import peers_rounds
 import real_data
 import scaling
 import speed_runs
@@ -237,6 +238,31 @@ def test_speed_is_measured_on_the_peers_workload(tmp_path: Path):
     assert args.prompt_tokens == memory_workload.PROMPT_TOKENS
     assert settings == ["--ppo.sampling.temperature", "0.7"]
     assert tuple(ROLES) == speed_runs.METHODS
+
+
+def test_one_set_of_rounds_makes_both_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[str, str]] = []
+
+    def run(name, result):
+        def answer(*arguments, **_):
+            asked.append((name, next(a for a in arguments if str(a).startswith(("hydra-", "trl-", "agilerl")))))
+            return {"peak_rss_mib": 1.0, "s_per_sample": result}
+
+        return answer
+
+    monkeypatch.setattr(peers_rounds, "run_system", run("memory", 2.0))
+    monkeypatch.setattr(peers_rounds, "run_on_workload", run("speed", 1.0))
+    monkeypatch.setattr(peers_rounds, "described", lambda *_, **__: {"workload": {}})
+    monkeypatch.setattr(peers_rounds, "make_workload", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["peers_rounds.py", "--repeats", "2", "--results", str(tmp_path)])
+    peers_rounds.main()
+    memory_part, speed_part = (json.loads((tmp_path / f"{n}.json").read_text())["peers"] for n in ("memory", "speed"))
+    assert set(memory_part["medians"]) == {"hydra-auto", "trl-lora", "trl-best", "agilerl"}
+    assert set(speed_part["s_per_sample"]) == {"hydra-float32", "hydra-default", "trl-lora", "trl-best", "agilerl"}
+    assert memory_part["runs"]["agilerl"] == speed_part["runs"]["agilerl"]
+    assert [name for name, _ in asked] == 2 * ["memory", "speed", "speed", "memory", "memory", "memory"]
+    assert len(memory_part["ratios"]) == 3
+    assert {entry["speedup"] for entry in speed_part["speedups"]} == {2.0}
 
 
 def test_speedups_of_medians_and_of_the_worst_pair():

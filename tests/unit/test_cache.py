@@ -136,3 +136,78 @@ def test_more_columns_than_were_asked_for_are_refused():
     ours.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
     with pytest.raises(AssertionError, match="4 columns in a cache of 3"):
         ours.update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), 0)
+
+
+def join(ours: cache.PreallocatedCache, rows: list[int], prompts: dict[int, tuple[Tensor, Tensor]], stop: int) -> None:
+    """One pass over prompts: those of `rows`, in order."""
+    with ours.joining(torch.tensor(rows), torch.arange(len(rows)), stop):
+        for layer, (keys, values) in prompts.items():
+            assert ours.get_seq_length(layer) == 0
+            assert ours.get_mask_sizes(keys.shape[-2], layer) == (keys.shape[-2], 0)
+            found = ours.update(keys, values, layer)
+            assert torch.equal(found[0], keys)
+            assert torch.equal(found[1], values)
+
+
+def prompts_of(num_rows: int, num_columns: int, seed: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values of prompts in each layer."""
+    return {layer: new_columns(num_rows, num_columns, seed, layer) for layer in HEADS}
+
+
+def test_prompts_that_join_lie_left_of_the_column_that_all_write_to():
+    ours = cache.PreallocatedCache(8, num_rows=3)
+    first = prompts_of(2, 4, seed=0)
+    join(ours, [0, 2], first, stop=4)
+    steps = prompts_of(3, 1, seed=1)
+    for layer, columns in steps.items():
+        ours.update(*columns, layer)
+    assert ours.get_seq_length() == 5
+    later = prompts_of(1, 2, seed=2)
+    join(ours, [1], later, stop=5)
+    for layer, (keys, values) in prompts_of(3, 1, seed=3).items():
+        found_keys, found_values = ours.update(keys, values, layer)
+        for found, at in ((found_keys, 0), (found_values, 1)):
+            assert found.shape[-2] == 6
+            for row, place in ((0, 0), (2, 1)):
+                assert torch.equal(found[row, :, :4], first[layer][at][place])
+                assert torch.equal(found[row, :, 4:5], steps[layer][at][row])
+            assert torch.equal(found[1, :, 3:5], later[layer][at][0])
+            assert not found[1, :, :3].any()  # nothing was ever written there, and zeros are safe to be masked
+            assert torch.equal(found[:, :, 5:], (keys, values)[at])
+    assert ours.num_bytes == (3 * 2 * 8 * 10 + 3 * 1 * 8 * 6) * 4
+
+
+def test_rows_that_share_a_prompt_share_its_keys():
+    ours = cache.PreallocatedCache(4, num_rows=3)
+    keys, values = torch.arange(2.0).reshape(2, 1, 1, 1), 10 * torch.arange(2.0).reshape(2, 1, 1, 1)
+    with ours.joining(torch.tensor([0, 1, 2]), torch.tensor([1, 0, 1]), 2):
+        ours.update(keys, values, 0)
+    found, _ = ours.update(torch.full((3, 1, 1, 1), 7.0), torch.full((3, 1, 1, 1), 7.0), 0)
+    assert found[:, 0, :, 0].tolist() == [[0, 1, 7], [0, 0, 7], [0, 1, 7]]
+
+
+def test_columns_that_nobody_needs_are_not_read_and_are_used_again():
+    ours = cache.PreallocatedCache(4, num_rows=2)
+    keys = torch.arange(8.0).reshape(2, 1, 4, 1)
+    ours.update(keys, -keys, 0)
+    ours.drop_before(3)
+    assert ours.get_seq_length() == 1
+    assert ours.get_mask_sizes(1, 0) == (2, 0)
+    ours.shift_left(2)
+    found_keys, found_values = ours.update(torch.full((2, 1, 1, 1), 9.0), torch.full((2, 1, 1, 1), -9.0), 0)
+    assert found_keys[:, 0, :, 0].tolist() == [[3, 9], [7, 9]]
+    assert found_values[:, 0, :, 0].tolist() == [[-3, -9], [-7, -9]]
+    ours.drop_before(1)
+    assert ours.get_seq_length() == 2
+    with pytest.raises(AssertionError, match="2 columns asked for, 1 are free"):
+        ours.shift_left(2)
+
+
+def test_a_shift_over_its_own_columns_moves_every_one():
+    ours = cache.PreallocatedCache(8, num_rows=1)
+    keys = torch.arange(8.0).reshape(1, 1, 8, 1)
+    ours.update(keys, keys, 0)
+    ours.drop_before(1)
+    ours.shift_left(1)
+    found, _ = ours.update(torch.full((1, 1, 1, 1), 8.0), torch.full((1, 1, 1, 1), 8.0), 0)
+    assert found.flatten().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]

@@ -90,7 +90,7 @@ def test_plain_lines():
 
 def test_numbers_say_what_is_known():
     assert numbers_of(answer("a", score=None, ended=False, done=False)) == ["4 tokens", "2.0 tokens/s"]
-    assert numbers_of(answer("a", ids=[7], ended=False)) == ["score +1.25", "1 token", "0.5 tokens/s", "no stop token"]
+    assert numbers_of(answer("a", ids=[7], ended=False)) == ["score +1.25", "1 token", "0.5 tokens/s", "no end"]
 
 
 def test_messages_are_printed_without_control_characters(capsys: pytest.CaptureFixture[str]):

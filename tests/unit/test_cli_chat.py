@@ -162,7 +162,7 @@ def test_ctrl_c_stops_a_response_and_the_next_one_leaves(monkeypatch: pytest.Mon
     conversation, shown = held(monkeypatch, "a")
     assert conversation.last is not None
     assert [len(answer.ids) for answer in conversation.last.answers.values()] == [3, 3]
-    assert "no stop token" in shown
+    assert "no end" in shown
     assert len(conversation.history) == 2  # what there is of it stays
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(KeyboardInterrupt):

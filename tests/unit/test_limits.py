@@ -267,52 +267,32 @@ def test_what_is_dropped_before_the_next_try_is_really_gone():
 # --- groups of rows -------------------------------------------------------------------------------------------------
 
 
-def decoding(most: int):
-    """Work on rows that runs out of memory above `most` of them."""
-    seen: list[tuple[int, int]] = []
-
-    def work(rows: slice) -> list[int]:
-        seen.append((rows.start, rows.stop))
-        if rows.stop - rows.start > most:
-            raise ENOMEM
-        return list(range(rows.start, rows.stop))
-
-    return work, seen
-
-
-def test_groups_of_rows_are_alike_in_size():
-    work, seen = decoding(99)
-    assert limits.map_row_groups(stage_limits(rows=4), 10, work) == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
-    assert limits.map_row_groups(stage_limits(rows=None), 3, work) == [[0, 1, 2]]
-    assert limits.map_row_groups(stage_limits(rows=50), 3, work) == [[0, 1, 2]]
-    assert len(seen) == 5
-
-
-def test_only_the_group_that_failed_is_done_again():
-    held = stage_limits(rows=6)
-    calls = 0
-
-    def work(rows: slice) -> list[int]:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise ENOMEM
-        return list(range(rows.start, rows.stop))
-
-    results = limits.map_row_groups(held, 12, work)
-    assert results == [[0, 1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11]]
-    assert (held.rollout_rows, held.num_retries, calls) == (3, 1, 4)
+def test_rows_are_those_of_the_limit_and_no_more_than_there_are():
+    seen: list[int] = []
+    for rows in (4, None, 50):
+        limits.finish_rows(stage_limits(rows=rows), 10, seen.append)
+    assert seen == [4, 10, 10]
 
 
 def test_rows_shrink_until_they_fit():
     held = stage_limits()
-    work, seen = decoding(2)
-    # 16 fail, so do 8 and 4; pairs fit.
-    assert limits.map_row_groups(held, 16, work) == [[row, row + 1] for row in range(0, 16, 2)]
-    assert seen[:4] == [(0, 16), (0, 8), (0, 4), (0, 2)]
+    seen: list[int] = []
+
+    def work(num_rows: int) -> None:
+        seen.append(num_rows)
+        if num_rows > 2:
+            raise ENOMEM
+
+    limits.finish_rows(held, 16, work)
+    assert seen == [16, 8, 4, 2]
     assert (held.rollout_rows, held.num_retries) == (2, 3)
-    error = raised(limits.map_row_groups, stage_limits(), 4, decoding(0)[0])
-    assert isinstance(error, OutOfMemoryError)
+    limits.finish_rows(held, 16, work)
+    assert seen[4:] == [2]
+
+    def never(num_rows: int) -> None:
+        raise ENOMEM
+
+    assert isinstance(raised(limits.finish_rows, stage_limits(), 4, never), OutOfMemoryError)
 
 
 # --- handing memory back --------------------------------------------------------------------------------------------

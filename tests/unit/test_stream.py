@@ -1,6 +1,7 @@
 """A response token by token is the response of a rollout, whoever else advances on the same weights meanwhile."""
 
 from itertools import zip_longest
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from contract.tiny import LORA, randomise_adapters, tiny_hydra, tiny_trunk
 from torch import Tensor
 
 from hydra_rlhf.config import SamplingConfig
+from hydra_rlhf.errors import NonFiniteError
 from hydra_rlhf.model import stream
-from hydra_rlhf.model.sample import SampledTokens, sample_tokens
+from hydra_rlhf.model.sample import sample_tokens
+from hydra_rlhf.model.sampling import SampledTokens
+from hydra_rlhf.model.stop_strings import StopStrings
 from hydra_rlhf.model.trunk import Trunk
 
 PROMPT = [1, 40, 77, 5, 120, 9, 33]
@@ -29,11 +33,13 @@ def draws(seed: int) -> Tensor:
     return torch.rand(LENGTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def sampled(trunk: Trunk, adapter: str | None, uniforms: Tensor, config: SamplingConfig) -> SampledTokens:
+def sampled(
+    trunk: Trunk, adapter: str | None, uniforms: Tensor, config: SamplingConfig, **others: Any
+) -> SampledTokens:
     prompt = torch.tensor([PROMPT])
-    return sample_tokens(
-        trunk, adapter, prompt, torch.ones_like(prompt).bool(), uniforms[None], config, stop_ids=STOPS, pad_id=0
-    )
+    mask = torch.ones_like(prompt).bool()
+    fields = {"stop_ids": STOPS, "pad_id": 0} | others
+    return sample_tokens(trunk, adapter, prompt, mask, uniforms[None], config, **fields)
 
 
 def adapted_trunk() -> Trunk:
@@ -57,6 +63,27 @@ def test_tokens_and_logprobs_are_those_of_a_rollout(case):
         stopped += tokens[-1].is_stop
     assert case == "greedy" or (stopped and len(lengths) > 1)  # there are responses that end before they must
     assert case != "min_response_tokens" or min(lengths) >= 8
+
+
+@pytest.mark.parametrize("least", [1, 6])
+def test_a_stop_string_ends_it_as_in_a_rollout(least):
+    """Ids as letters: a string that spans two tokens of a response ends it, but not before it may end."""
+    trunk, uniforms = adapted_trunk(), draws(5)
+    config = SamplingConfig(min_response_tokens=least)
+    free = [token.id for token in stream.stream_tokens(trunk, "actor", PROMPT, uniforms, config, stop_ids=(0,))]
+    strings = StopStrings(("".join(map(chr, free[2:4])),), lambda ids: "".join(map(chr, ids)))
+    expected = sampled(trunk, "actor", uniforms, config, stop_ids=(0,), stop_strings=strings)
+    tokens = list(stream.stream_tokens(trunk, "actor", PROMPT, uniforms, config, stop_ids=(0,), stop_strings=strings))
+    assert [token.id for token in tokens] == expected.tokens[0].tolist() == free[: max(4, least)]
+    assert [token.is_stop for token in tokens] == [False] * (len(tokens) - 1) + [True]
+
+
+def test_logits_that_are_not_finite_are_told():
+    trunk = tiny_trunk("llama")
+    with torch.no_grad():
+        trunk.lm_head.weight[7] = torch.nan
+    with pytest.raises(NonFiniteError, match="its weights are damaged"):
+        next(stream.stream_tokens(trunk, None, PROMPT, draws(0), SamplingConfig(), stop_ids=STOPS))
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "qwen3", "gemma2", "mistral"])

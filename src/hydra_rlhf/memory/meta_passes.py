@@ -82,15 +82,15 @@ def run_rollout(trunk: Trunk, rows: Rows, *, adapter: bool, period: int, known: 
     name = ADAPTER if adapter else None
     width = rows.prompt + rows.response
     with watched(trunk, period, known) as watch:
-        cache = PreallocatedCache(width)
+        cache = PreallocatedCache(width, rows.num)
         tokens = torch.zeros(rows.num, rows.prompt, dtype=torch.long, device="meta")
         mask = torch.ones(tokens.shape, dtype=torch.bool, device="meta")
-        trunk.hidden_states(tokens, mask, adapter=name, cache=cache)
+        every = torch.arange(rows.num, device="meta")
+        with cache.joining(every, every, rows.prompt):
+            trunk.hidden_states(tokens, mask, adapter=name, cache=cache)
         for layer in cache.layers:
             assert isinstance(layer, PreallocatedLayer)
-            keys, values = (x[..., :1, :] for x in layer.filled)
-            rest = rows.response - 1
-            layer.update(keys.expand(*keys.shape[:-2], rest, -1), values.expand(*values.shape[:-2], rest, -1))
+            layer.stop = width - 1
         mask = torch.ones(rows.num, width, dtype=torch.bool, device="meta")
         watch.decoding = True
         trunk.hidden_states(tokens[:, :1], mask, adapter=name, cache=cache)

@@ -21,8 +21,8 @@ from hydra_rlhf.memory.meta_passes import (
     run_rollout,
     run_scalar_heads,
 )
+from hydra_rlhf.model.draw import DRAW_BYTES
 from hydra_rlhf.model.load import DTYPES
-from hydra_rlhf.model.sample import DRAW_BYTES
 from hydra_rlhf.model.shapes import layer_period, meta_trunk, whole_trunk
 from hydra_rlhf.model.tiled_logprobs import tile_shape
 from hydra_rlhf.model.trunk import Trunk, text_config

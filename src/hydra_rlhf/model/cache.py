@@ -1,8 +1,13 @@
 """Keys and values of a rollout, in storage that is allocated once and written in place.
 
 A cache that grows by concatenation holds a layer twice at each step, and leaves the allocator blocks of every length.
+Here rows share one moving column: decoding writes all of them there, and the prompts of rows that join later are laid
+to the left of it, so that to a model every batch looks like one that was padded on the left.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,24 +23,52 @@ def cache_bytes(
     return 2 * num_layers * num_rows * num_kv_heads * num_columns * head_dim * itemsize
 
 
-class PreallocatedLayer(DynamicLayer):
-    """One layer's keys and values for a known number of columns; `keys` and `values` are views of the filled part.
+@dataclass(slots=True)
+class Joining:
+    """Rows whose prompts a pass computes, and where their keys and values go."""
 
-    What it tells the mask makers is what `DynamicLayer` tells them: every column so far can be seen, and a model's own
+    rows: Int[Tensor, " n"]
+    sources: Int[Tensor, " n"]
+    """Which prompt of the pass each of `rows` gets."""
+    stop: int
+    """The column behind the prompts' last."""
+
+
+@dataclass(slots=True)
+class Columns:
+    """What all layers of a cache share."""
+
+    num_columns: int
+    num_rows: int | None
+    """None = as many as the first keys have."""
+    start: int = 0
+    """The first column in use."""
+    joining: Joining | None = None
+
+
+class PreallocatedLayer(DynamicLayer):
+    """One layer's keys and values for a known number of columns; `keys` and `values` are views of those in use.
+
+    What it tells the mask makers is what `DynamicLayer` tells them: every column in use can be seen, and a model's own
     sliding window is left to its mask.
     """
 
-    def __init__(self, num_columns: int) -> None:
+    def __init__(self, columns: Columns) -> None:
         super().__init__()
-        self._num_columns = num_columns
-        self._num_filled = 0
+        self._columns = columns
+        self.stop = 0
+        """The column behind the last in use."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate, in the shapes that the first keys and values have; families differ in them."""
+        """Allocate, in the shapes that the first keys and values have; families differ in them.
+
+        Zeros, since what a mask hides is multiplied all the same, by zero.
+        """
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._key_store = key_states.new_empty((*key_states.shape[:-2], self._num_columns, key_states.shape[-1]))
-        self._value_store = value_states.new_empty(
-            (*value_states.shape[:-2], self._num_columns, value_states.shape[-1])
+        num_rows = self._columns.num_rows or len(key_states)
+        self._key_store, self._value_store = (
+            states.new_zeros((num_rows, *states.shape[1:-2], self._columns.num_columns, states.shape[-1]))
+            for states in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -46,14 +79,29 @@ class PreallocatedLayer(DynamicLayer):
         *_args: Any,
         **_kwargs: Any,
     ) -> tuple[Float[Tensor, "*b k d"], Float[Tensor, "*b k e"]]:
-        """Write new columns behind the filled ones; all keys and values so far, as views."""
+        """Write new columns behind those in use; keys and values of all in use, as views.
+
+        Rows that join see their own prompts alone.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self._num_filled = self._num_filled, self._num_filled + key_states.shape[-2]
-        assert self._num_filled <= self._num_columns, f"{self._num_filled} columns in a cache of {self._num_columns}"
-        self._key_store[..., start : self._num_filled, :] = key_states
-        self._value_store[..., start : self._num_filled, :] = value_states
+        joining = self._columns.joining
+        if joining is not None:
+            self.stop = joining.stop
+            columns = slice(joining.stop - key_states.shape[-2], joining.stop)
+            self._key_store[joining.rows, ..., columns, :] = key_states[joining.sources]
+            self._value_store[joining.rows, ..., columns, :] = value_states[joining.sources]
+            return key_states, value_states
+        start, self.stop = self.stop, self.stop + key_states.shape[-2]
+        num_columns = self._columns.num_columns
+        assert self.stop <= num_columns, f"{self.stop} columns in a cache of {num_columns}"
+        self._key_store[..., start : self.stop, :] = key_states
+        self._value_store[..., start : self.stop, :] = value_states
         return self._set_views()
+
+    def get_seq_length(self) -> int:
+        """Columns in use; none to rows that join."""
+        return 0 if self._columns.joining is not None or not self.is_initialized else self.stop - self._columns.start
 
     def batch_select_indices(self, indices: Int[Tensor, " n"]) -> None:
         """Keep these rows and move them together at the front of the same storage."""
@@ -62,10 +110,14 @@ class PreallocatedLayer(DynamicLayer):
             self._value_store = self._moved_together(self._value_store, indices)
             self._set_views()
 
-    @property
-    def filled(self) -> tuple[Tensor, Tensor]:
-        """Keys and values so far."""
-        return self._set_views()
+    def shift_left(self, num_columns: int) -> None:
+        """Move what is in use over free columns on its left."""
+        if self.is_initialized:
+            used = slice(self._columns.start, self.stop)
+            moved = slice(used.start - num_columns, used.stop - num_columns)
+            for store in (self._key_store, self._value_store):
+                store[..., moved, :] = store[..., used, :].clone()
+        self.stop -= num_columns
 
     @property
     def num_bytes(self) -> int:
@@ -74,22 +126,49 @@ class PreallocatedLayer(DynamicLayer):
         return sum(store.untyped_storage().nbytes() for store in stores)
 
     def _moved_together(self, store: Float[Tensor, "*b k d"], rows: Int[Tensor, " n"]) -> Float[Tensor, "*n k d"]:
-        filled = store[..., : self._num_filled, :]
-        filled[: len(rows)] = filled[rows]  # what is copied on the way is one layer's keys or values at a time
+        used = store[..., self._columns.start : self.stop, :]
+        used[: len(rows)] = used[rows]  # what is copied on the way is one layer's keys or values at a time
         return store[: len(rows)]
 
     def _set_views(self) -> tuple[Tensor, Tensor]:
-        self.keys = self._key_store[..., : self._num_filled, :]
-        self.values = self._value_store[..., : self._num_filled, :]
+        self.keys = self._key_store[..., self._columns.start : self.stop, :]
+        self.values = self._value_store[..., self._columns.start : self.stop, :]
         return self.keys, self.values
 
 
 class PreallocatedCache(DynamicCache):
-    """A `DynamicCache` for sequences of at most `num_columns` tokens whose layers never grow."""
+    """A `DynamicCache` for sequences within `num_columns` columns whose layers never grow.
 
-    def __init__(self, num_columns: int) -> None:
+    `num_rows` is how many rows there will be at most; None = those of the first keys.
+    """
+
+    def __init__(self, num_columns: int, num_rows: int | None = None) -> None:
         super().__init__()
-        self.layer_class_to_replicate = partial(PreallocatedLayer, num_columns)  # pyright: ignore
+        self.columns = Columns(num_columns, num_rows)
+        self.layer_class_to_replicate = partial(PreallocatedLayer, self.columns)  # pyright: ignore
+
+    @contextmanager
+    def joining(self, rows: Int[Tensor, " n"], sources: Int[Tensor, " n"], stop: int) -> Iterator[None]:
+        """Inside the block a pass over prompts fills `rows`, each with what prompt `sources[i]` of the pass gives.
+
+        The prompts' last column is the one before `stop`, from which decoding goes on for all rows.
+        """
+        self.columns.joining = Joining(rows, sources, stop)
+        try:
+            yield
+        finally:
+            self.columns.joining = None
+
+    def drop_before(self, column: int) -> None:
+        """No row needs what lies left of `column`: it is no longer in use."""
+        self.columns.start = column
+
+    def shift_left(self, num_columns: int) -> None:
+        """Move the columns in use to the left, over columns that nobody needs."""
+        assert num_columns <= self.columns.start, f"{num_columns} columns asked for, {self.columns.start} are free"
+        for layer in self.layers:
+            layer.shift_left(num_columns)  # pyright: ignore
+        self.columns.start -= num_columns
 
     @property
     def num_bytes(self) -> int:

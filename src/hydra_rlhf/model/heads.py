@@ -46,6 +46,11 @@ class LMHead:
     scale: float
     """Logits are multiplied by this (Cohere's logit_scale, the inverse of Granite's logits_scaling)."""
 
+    @property
+    def vocab_size(self) -> int:
+        """v: how many tokens have a logit."""
+        return len(self.weight)
+
     def logits(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
         """Logits in at least float32; the product runs in the base's dtype."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias)

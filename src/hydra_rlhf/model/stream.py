@@ -1,4 +1,4 @@
-"""One response, token by token, for somebody who watches; rollouts draw whole batches in `sample.py`.
+"""One response, token by token, for somebody who watches; rollouts draw whole batches (`sample.py`).
 
 It decodes as a rollout does, so the same uniform numbers give the same tokens. Between two tokens nothing is held but
 this response's own cache: several responses, with and without a LoRA set, can advance in turns on the same weights.
@@ -12,9 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hydra_rlhf.config import SamplingConfig
+from hydra_rlhf.errors import NonFiniteError
 from hydra_rlhf.model.cache import PreallocatedCache
+from hydra_rlhf.model.draw import Drawn, draw_in_tiles
 from hydra_rlhf.model.logprobs import LOGIT_TILE_BYTES
-from hydra_rlhf.model.sample import draw_in_tiles
+from hydra_rlhf.model.stop_strings import StopStrings
 from hydra_rlhf.model.trunk import Trunk
 
 
@@ -24,9 +26,9 @@ class DrawnToken:
 
     id: int
     logprob: float
-    """At the sampling temperature, before top-k and top-p."""
+    """At the sampling temperature, before top-k, top-p and min-p."""
     is_stop: bool
-    """Whether the response ends with it."""
+    """Whether the response ends with it: a stop token, or the end of a stop string."""
 
 
 def stream_tokens(
@@ -37,9 +39,10 @@ def stream_tokens(
     config: SamplingConfig,
     *,
     stop_ids: tuple[int, ...],
+    stop_strings: StopStrings | None = None,
     tile_bytes: int = LOGIT_TILE_BYTES,
 ) -> Iterator[DrawnToken]:
-    """At most n = `len(uniforms)` tokens that answer a prompt, up to and with the first stop token.
+    """At most n = `len(uniforms)` tokens that answer a prompt, up to and with the first one that ends it.
 
     Each is computed when it is asked for, the first one with the pass over the prompt.
     """
@@ -48,16 +51,21 @@ def stream_tokens(
     tokens = torch.tensor([list(prompt_ids)], device=trunk.device)
     attention = torch.ones_like(tokens, dtype=torch.bool)
     cache = PreallocatedCache(tokens.shape[1] + len(uniforms))
+    ids: list[int] = []
     for t in range(len(uniforms)):
         forbidden = stops if t + 1 < config.min_response_tokens else stops[:0]
-        drawn, logprob = _draw_next(
-            trunk, adapter, tokens, attention, cache, uniforms[t : t + 1], config, forbidden, tile_bytes
-        )
-        token = DrawnToken(int(drawn), float(logprob), int(drawn) in stop_ids)
-        yield token
-        if token.is_stop:
+        drawn = _draw_next(trunk, adapter, tokens, attention, cache, uniforms[t : t + 1], config, forbidden, tile_bytes)
+        if not bool(drawn.finite):
+            raise NonFiniteError(
+                "the model's logits are not finite, so nothing can be sampled; its weights are damaged"
+            )
+        ids.append(int(drawn.tokens))
+        found = stop_strings and stop_strings.first_end(ids, t, least=config.min_response_tokens)
+        is_stop = ids[-1] in stop_ids or bool(found)
+        yield DrawnToken(ids[-1], float(drawn.logprobs), is_stop)
+        if is_stop:
             return
-        tokens = drawn[:, None]
+        tokens = drawn.tokens[:, None]
         attention = torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
 
 
@@ -72,6 +80,6 @@ def _draw_next(
     config: SamplingConfig,
     forbidden: Int[Tensor, " f"],
     tile_bytes: int,
-) -> tuple[Int[Tensor, " 1"], Float[Tensor, " 1"]]:
+) -> Drawn:
     states = trunk.hidden_states(tokens, attention, adapter=adapter, cache=cache)[:, -1]
     return draw_in_tiles(trunk.lm_head, states, uniform, config, forbidden=forbidden, tile_bytes=tile_bytes)

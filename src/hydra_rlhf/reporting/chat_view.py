@@ -141,4 +141,4 @@ def numbers_of(answer: "Answer") -> list[str]:
     known = [] if answer.score is None else [f"score {answer.score:+.2f}"]
     known += [] if answer.kl is None else [f"KL {answer.kl:.2f} nats"]
     known += [f"{len(answer.ids)} token{'s' * (len(answer.ids) != 1)}", f"{answer.tokens_per_s:.1f} tokens/s"]
-    return [*known, "no stop token"] if answer.done and not answer.ended else known
+    return [*known, "no end"] if answer.done and not answer.ended else known

@@ -6,6 +6,7 @@ Both are drawn with the same random numbers, so where their texts part, it is th
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hydra_rlhf.data.formats import ChatFormat
 from hydra_rlhf.data.rows import PromptValue
 from hydra_rlhf.errors import ConfigError, DataError, OutOfMemoryError
 from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.model.stop_strings import StopStrings
 from hydra_rlhf.model.stream import DrawnToken, stream_tokens
 from hydra_rlhf.model.trunk import text_config
 from hydra_rlhf.records import TokenBatch
@@ -43,7 +45,7 @@ class Answer:
     text: str = ""
     """What can be read so far: never the first half of a character."""
     ended: bool = False
-    """Whether it came to a stop token."""
+    """Whether it came to a stop token or a stop string."""
     done: bool = False
     """Whether nothing will be added any more."""
     seconds: float = 0.0
@@ -158,6 +160,7 @@ class Speakers:
     def rounds(self, turn: Turn) -> Iterator[None]:
         """Let all who have not ended say one more token each, until nobody is left. Stop iterating to stop them."""
         stop_ids = self.model.stop_ids(self.sampling.stop_token_ids)
+        stop_strings = StopStrings(self.sampling.stop_strings, partial(self.chat.decode_response, stop_ids=()))
         draws = uniforms(self.sampling.max_response_tokens, self.seed, "chat", turn.number)
         talking = {
             role: stream_tokens(
@@ -167,6 +170,7 @@ class Speakers:
                 draws,
                 self.sampling,
                 stop_ids=stop_ids,
+                stop_strings=stop_strings if self.sampling.stop_strings else None,
                 tile_bytes=self.model.logit_tile_bytes,
             )
             for role in turn.answers
@@ -187,7 +191,7 @@ class Speakers:
                     answer.ended = token.is_stop
                 if token is None or token.is_stop:
                     del talking[role]
-                answer.text = self.chat.decode_response(answer.ids, stop_ids)
+                answer.text = stop_strings.cut(self.chat.decode_response(answer.ids, stop_ids))
                 if role in talking:  # the next token may complete it
                     answer.text = answer.text.rstrip(HALF_CHARACTER)
             yield

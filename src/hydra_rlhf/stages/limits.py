@@ -124,26 +124,19 @@ def map_micro_batches(
         limits.halve_micro_batch(*failure)
 
 
-def map_row_groups(limits: StageLimits, num_rows: int, work: Callable[[slice], Result]) -> list[Result]:
-    """`work` on all rows in groups of at most `limits.rollout_rows`, alike in size, in order.
+def finish_rows(limits: StageLimits, num_rows: int, work: Callable[[int], None]) -> None:
+    """`work(rows)` until it succeeds, on at most `limits.rollout_rows` of `num_rows` rows at a time.
 
-    Where memory runs out the limit is halved and that group done again; groups that are done stay as they are.
+    Where memory runs out the limit is halved and `work` called again; what it had finished by then stays finished.
     """
-    results: list[Result] = []
-    start = 0
-    while start < num_rows:
-        left = num_rows - start
-        num_groups = -(-left // (limits.rollout_rows or left))
-        size = -(-left // num_groups)
-        result = attempt(work, slice(start, start + size))
-        if isinstance(result, MemoryFailure):
-            gc.collect()
-            release()
-            limits.halve_rollout_rows(size, result.reason)
-        else:
-            results.append(result)
-            start += size
-    return results
+    while True:
+        size = min(limits.rollout_rows or num_rows, num_rows)
+        result = attempt(work, size)
+        if not isinstance(result, MemoryFailure):
+            return
+        gc.collect()
+        release()
+        limits.halve_rollout_rows(size, result.reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,12 @@ from hydra_rlhf.config import RewardConfig, SamplingConfig
 from hydra_rlhf.data.collate import left_pad_prompts
 from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
 from hydra_rlhf.model.hydra import HydraModel
-from hydra_rlhf.model.sample import SampledTokens, sample_tokens
+from hydra_rlhf.model.sample import ENGINES
+from hydra_rlhf.model.sampling import Sampling
+from hydra_rlhf.model.stop_strings import StopStrings
 from hydra_rlhf.records import PromptBatch, Responses, RoleOutput, Rollout, TokenBatch
 from hydra_rlhf.runtime.randomness import permutation, uniforms
-from hydra_rlhf.stages.limits import StageLimits, map_micro_batches, map_row_groups
+from hydra_rlhf.stages.limits import StageLimits, finish_rows, map_micro_batches
 from hydra_rlhf.stages.micro_batches import micro_batches
 from hydra_rlhf.stages.scoring.reward_sources import Scoring, as_sources, source_metrics
 
@@ -84,46 +86,41 @@ def sample_responses(
     """Sample one response per row from a role with an LM head; `stream` names the random stream (run seed, step, ...).
 
     Each sequence draws from its own stream, (stream, prompt, sample), so it does not matter which rows are decoded
-    together; where memory runs out, they are decoded in smaller groups.
+    together; where memory runs out, fewer are.
     """
     role = model.table[role_name]
     stop_ids = model.stop_ids(sampling.stop_token_ids)
-    pad_id = model.pad_id
-    keys = zip(prompts.prompt_index.tolist(), prompts.sample_index.tolist(), strict=True)
+    stop_strings = StopStrings(sampling.stop_strings, partial(chat.decode_response, stop_ids=()))
+    keys = list(zip(prompts.prompt_index.tolist(), prompts.sample_index.tolist(), strict=True))
     draws = torch.stack([uniforms(sampling.max_response_tokens, *stream, *key) for key in keys])
-
-    def decode(rows: slice) -> SampledTokens:
-        return sample_tokens(
-            model.trunk(role.trunk),
-            role.adapter,
-            prompts.tokens[rows],
-            prompts.attention_mask[rows],
-            draws[rows].to(prompts.tokens.device),
-            sampling,
-            stop_ids=stop_ids,
-            pad_id=pad_id,
-            after_token=after_token,
-            tile_bytes=model.logit_tile_bytes,
-        )
-
-    parts = map_row_groups(limits, len(prompts.texts), decode)
-    width = max(part.tokens.shape[1] for part in parts)
-
-    def widen(x: Tensor, value: float) -> Tensor:
-        return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
-
-    tokens = torch.cat([widen(part.tokens, pad_id) for part in parts])
-    mask = torch.cat([widen(part.mask, False) for part in parts])
-    logprobs = torch.cat([widen(part.logprobs, 0.0) for part in parts])
-    texts = [
-        chat.decode_response(row[keep].tolist(), stop_ids) for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)
-    ]
-    batch = TokenBatch(
-        tokens=torch.cat([prompts.tokens, tokens], dim=1),
-        attention_mask=torch.cat([prompts.attention_mask, mask], dim=1),
-        response_mask=mask,
+    job = Sampling(
+        trunk=model.trunk(role.trunk),
+        adapter=role.adapter,
+        prompts=prompts.tokens,
+        prompt_mask=prompts.attention_mask,
+        uniforms=draws.to(prompts.tokens.device),
+        config=sampling,
+        stop_ids=stop_ids,
+        pad_id=model.pad_id,
+        same_prompt=[prompt for prompt, _ in keys],
+        stop_strings=stop_strings if sampling.stop_strings else None,
+        after_token=after_token,
+        tile_bytes=model.logit_tile_bytes,
     )
-    return Responses(batch=batch, logprobs=logprobs, texts=texts, ended=torch.cat([part.ended for part in parts]))
+    finish_rows(limits, len(keys), partial(ENGINES[sampling.engine], job))
+    sampled = job.result()
+    rows = zip(sampled.tokens.cpu(), sampled.mask.cpu(), strict=True)
+    batch = TokenBatch(
+        tokens=torch.cat([prompts.tokens, sampled.tokens], dim=1),
+        attention_mask=torch.cat([prompts.attention_mask, sampled.mask], dim=1),
+        response_mask=sampled.mask,
+    )
+    return Responses(
+        batch=batch,
+        logprobs=sampled.logprobs,
+        texts=[stop_strings.cut(chat.decode_response(row[keep].tolist(), stop_ids)) for row, keep in rows],
+        ended=sampled.ended,
+    )
 
 
 @torch.no_grad()

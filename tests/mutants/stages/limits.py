@@ -33,25 +33,21 @@ CHANGES = {
         ),
         ("failing result kept", "            results.append(result)\n        if", "        if"),
     ],
-    "map_row_groups": [
-        ("uneven", "size = -(-left // num_groups)", "size = min(left, limits.rollout_rows or left)"),
+    "finish_rows": [
+        ("limit ignored", "min(limits.rollout_rows or num_rows, num_rows)", "num_rows"),
         (
-            "groups above the limit",
-            "num_groups = -(-left // (limits.rollout_rows or left))",
-            "num_groups = max(1, left // (limits.rollout_rows or left))",
+            "more rows than there are",
+            "min(limits.rollout_rows or num_rows, num_rows)",
+            "limits.rollout_rows or num_rows",
+        ),
+        ("given up", "        limits.halve_rollout_rows(size, result.reason)\n", "        return\n"),
+        (
+            "limit kept",
+            "limits.halve_rollout_rows(size, result.reason)",
+            "limits.halve_rollout_rows(2 * size, result.reason)",
         ),
         (
-            "all groups again",
-            "            limits.halve_rollout_rows(size, result.reason)\n",
-            "            limits.halve_rollout_rows(size, result.reason)\n            start, results = 0, []\n",
-        ),
-        (
-            "failed group skipped",
-            "            limits.halve_rollout_rows(size, result.reason)\n",
-            "            limits.halve_rollout_rows(size, result.reason)\n            start += size\n",
-        ),
-        (
-            "half of the limit, not of the group",
+            "half of all",
             "limits.halve_rollout_rows(size, result.reason)",
             "limits.halve_rollout_rows(num_rows, result.reason)",
         ),

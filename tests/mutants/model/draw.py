@@ -1,7 +1,7 @@
-"""Mistakes in `model/sample.py`: {function: [(what went wrong, source, source with the mistake)]}."""
+"""Mistakes in `model/draw.py`: {function: [(what went wrong, source, source with the mistake)]}."""
 
 NORMALISER = "log_normaliser = logits.logsumexp(dim=-1)"
-TILE = "size = max(1, tile_bytes // (DRAW_BYTES * len(head.weight)))"
+TILE = "size = max(1, tile_bytes // (DRAW_BYTES * head.vocab_size))"
 
 CHANGES = {
     "draw_in_tiles": [
@@ -9,16 +9,16 @@ CHANGES = {
         ("float32 counted", TILE, TILE.replace("DRAW_BYTES", "4")),
         (
             "uniforms of the first tile",
-            "draw(logits, uniforms[start : start + size], config)",
+            "draw(logits, uniforms[tile], config)",
             "draw(logits, uniforms[: len(logits)], config)",
         ),
         (
             "states of the first tile",
-            "head.logits(states[start : start + size])",
-            "head.logits(states[: len(states[start : start + size])])",
+            "head.logits(states[tile])",
+            "head.logits(states[: len(states[tile])])",
         ),
-        ("forbidden ids allowed", "logits[:, forbidden] = -torch.inf", "pass"),
-        ("order of tiles", "return torch.cat(tokens)", "return torch.cat(tokens[::-1])"),
+        ("forbidden ids allowed", "logits[:, forbidden] = held", "pass"),
+        ("order of tiles", "tokens=torch.cat(tokens)", "tokens=torch.cat(tokens[::-1])"),
         ("temperature ignored", "logits /= config.temperature", "pass"),
         ("multiplied by the temperature", "logits /= config.temperature", "logits *= config.temperature"),
         ("log-probs of what is left", NORMALISER, f"logits[:, forbidden] = -torch.inf\n        {NORMALISER}"),

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra_rlhf.config import SamplingConfig
-from hydra_rlhf.model import sample
+from hydra_rlhf.model import draw
 from hydra_rlhf.model.heads import LMHead
 
 VOCAB = 50
@@ -17,8 +17,9 @@ CONFIGS = [
     SamplingConfig(temperature=0.7),
     SamplingConfig(top_k=5),
     SamplingConfig(top_p=0.6, temperature=1.5),
+    SamplingConfig(min_p=0.1),
 ]
-IDS = ["plain", "temperature", "top_k", "top_p"]
+IDS = ["plain", "temperature", "top_k", "top_p", "min_p"]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -48,7 +49,7 @@ def head_and_states(num_rows: int) -> tuple[LMHead, Tensor, Tensor]:
 
 def plain_draw(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> Tensor:
     """All rows at once, each step a tensor of its own."""
-    cumulative = sample.restrict(logits / config.temperature, config).double().softmax(-1).cumsum(-1)
+    cumulative = draw.restrict(logits / config.temperature, config).double().softmax(-1).cumsum(-1)
     at = uniforms.double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, at, right=True).squeeze(1).clamp(max=VOCAB - 1)
 
@@ -56,7 +57,7 @@ def plain_draw(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> Tens
 def test_draws_invert_the_cumulative_distribution():
     # Shares 1/2, 1/4, 1/4: 0.49 is in the first, 0.51 in the second, 0.76 in the third.
     logits = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(3, -1)
-    drawn = sample.draw(logits, torch.tensor([0.49, 0.51, 0.76]), PLAIN)
+    drawn = draw.draw(logits, torch.tensor([0.49, 0.51, 0.76]), PLAIN)
     assert drawn.tolist() == [0, 1, 2]
 
 
@@ -66,9 +67,10 @@ def test_tiles_draw_what_all_rows_at_once_draw(config, num_rows_per_tile):
     head, states, uniforms = head_and_states(40)
     logits = head.logits(states)
     expected = plain_draw(logits, uniforms, config)
-    tile_bytes = num_rows_per_tile * VOCAB * sample.DRAW_BYTES
+    tile_bytes = num_rows_per_tile * VOCAB * draw.DRAW_BYTES
     nothing = torch.tensor([], dtype=torch.long)
-    drawn, logprobs = sample.draw_in_tiles(head, states, uniforms, config, forbidden=nothing, tile_bytes=tile_bytes)
+    found = draw.draw_in_tiles(head, states, uniforms, config, forbidden=nothing, tile_bytes=tile_bytes)
+    drawn, logprobs = found.tokens, found.logprobs
     assert drawn.tolist() == expected.tolist()
     everything = (logits / config.temperature).double().log_softmax(-1)  # of all tokens: not of those left to draw from
     assert_close(logprobs.double(), everything.gather(1, drawn[:, None]).squeeze(1), atol=1e-5, rtol=0)
@@ -77,11 +79,12 @@ def test_tiles_draw_what_all_rows_at_once_draw(config, num_rows_per_tile):
 
 def test_forbidden_ids_are_never_drawn():
     head, states, uniforms = head_and_states(40)
-    everything, _ = sample.draw_in_tiles(
+    everything = draw.draw_in_tiles(
         head, states, uniforms, PLAIN, forbidden=torch.tensor([], dtype=torch.long), tile_bytes=10**6
-    )
+    ).tokens
     likely = torch.tensor(everything.unique().tolist()[:3])
-    drawn, logprobs = sample.draw_in_tiles(head, states, uniforms, PLAIN, forbidden=likely, tile_bytes=900)
+    found = draw.draw_in_tiles(head, states, uniforms, PLAIN, forbidden=likely, tile_bytes=900)
+    drawn, logprobs = found.tokens, found.logprobs
     everything_else = head.logits(states).log_softmax(-1).gather(1, drawn[:, None]).squeeze(1)
     assert_close(logprobs, everything_else, atol=1e-5, rtol=0)  # training masks no token
     assert not torch.isin(drawn, likely).any()
@@ -94,10 +97,10 @@ def test_no_tensor_of_a_draw_is_larger_than_a_tile(config):
     head, states, uniforms = head_and_states(64)
     nothing = torch.tensor([], dtype=torch.long)
     with LargestTensor() as largest:
-        sample.draw_in_tiles(head, states, uniforms, config, forbidden=nothing, tile_bytes=4000)
+        draw.draw_in_tiles(head, states, uniforms, config, forbidden=nothing, tile_bytes=4000)
     assert 0 < largest.num_bytes <= 4000
     with LargestTensor() as untiled:
-        sample.draw(head.logits(states), uniforms, config)
+        draw.draw(head.logits(states), uniforms, config)
     assert untiled.num_bytes >= 64 * VOCAB * 8
 
 
@@ -105,5 +108,5 @@ def test_a_draw_leaves_its_logits_as_they_were():
     head, states, uniforms = head_and_states(4)
     logits = head.logits(states)
     before = logits.clone()
-    sample.draw(logits, uniforms, SamplingConfig(temperature=0.5, top_k=3))
+    draw.draw(logits, uniforms, SamplingConfig(temperature=0.5, top_k=3))
     assert_close(logits, before, atol=0, rtol=0)
