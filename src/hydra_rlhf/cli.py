@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_rlhf.cli_bench import add_bench_command
-from hydra_rlhf.cli_evaluation import add_evaluation_commands, add_trust_option, positive_int
+from hydra_rlhf.cli_chat import add_chat_command
+from hydra_rlhf.cli_data import add_data_command
+from hydra_rlhf.cli_evaluation import (
+    RUN,
+    add_checkpoint_option,
+    add_evaluation_commands,
+    add_trust_option,
+    positive_int,
+)
 from hydra_rlhf.errors import ConfigError, HydraError
 
 if TYPE_CHECKING:
@@ -39,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Every command with its arguments."""
     parser = argparse.ArgumentParser(
-        prog="hydra-rlhf", description="Memory-efficient RLHF: actor, critic, reference and reward model on one base."
+        prog="hydra-rlhf",
+        description="Memory-efficient RLHF: actor, critic, reference and reward model on one base.",
+        epilog="Begin with `hydra-rlhf demo`; `hydra-rlhf COMMAND --help` says more of each command. Exit codes: 0 "
+        "done, 1 failed, 2 bad input, 130 interrupted, 143 terminated.",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"%(prog)s {sys.modules['hydra_rlhf'].__version__}")
@@ -48,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_bench_command(commands, read_recipe=recipe_with_overrides, methods_named=methods_named)
     add_evaluation_commands(commands)
     add_run_commands(commands)
+    add_data_command(commands, read_recipe=recipe_with_overrides)
     return parser
 
 
@@ -55,16 +67,20 @@ def add_recipe_commands(commands: Any) -> None:
     """Commands that take a recipe, and any of its settings as `--section.name value`."""
     epilog = "Any setting can be given as --section.name value; `hydra-rlhf settings` lists them all."
     stages = {
-        "run": ("evaluation", "all stages of a recipe in order, each skipped if already finished, and the report"),
-        "sft": ("sft", "a recipe up to its SFT model"),
-        "reward-model": ("reward_model", "a recipe up to its separate reward model"),
-        "hydra-sft": ("hydra_sft", "a recipe up to its joint SFT and reward model"),
-        "ppo": ("ppo", "a recipe up to PPO, without evaluation"),
+        "run": ("evaluation", "run a recipe: all stages in order, each skipped if already finished, and the report"),
+        "sft": ("sft", "run a recipe's stages up to its SFT model"),
+        "reward-model": ("reward_model", "run a recipe's stages up to its separate reward model"),
+        "hydra-sft": ("hydra_sft", "run a recipe's stages up to its joint SFT and reward model"),
+        "ppo": ("ppo", "run a recipe's stages up to PPO, without evaluation"),
     }
     for name, (until, text) in stages.items():
         command = commands.add_parser(name, help=text, description=text, epilog=epilog)
-        command.add_argument("recipe", type=Path, help="YAML file")
-        command.add_argument("--resume", action="store_true", help="continue the run that is there")
+        command.add_argument(
+            "recipe", type=Path, help="YAML file, e.g. recipes/quick.yaml; its `name` is the run folder's"
+        )
+        command.add_argument(
+            "--resume", action="store_true", help="continue the run that is there, if any (without this it is refused)"
+        )
         add_trust_option(command)
         command.set_defaults(command=run, until=until, takes_settings=True)
     text = "the whole pipeline on the built-in world with a tiny model trained from nothing, on a CPU, with a report"
@@ -91,33 +107,30 @@ def add_recipe_commands(commands: Any) -> None:
 
 
 def add_run_commands(commands: Any) -> None:
-    """Commands that read a finished run, and `data`."""
-    command = commands.add_parser("report", help="write report.html and report.md of a run again")
-    command.add_argument("run", type=Path, help="run folder")
+    """Commands that read a finished run."""
+    text = "write report.html and report.md of a run again"
+    command = commands.add_parser("report", help=text, description=text)
+    command.add_argument("run", type=Path, help=RUN)
     command.set_defaults(command=report)
-    command = commands.add_parser("sample", help="actor beside reference with scores, from one set of weights")
-    command.add_argument("run", type=Path, help="run folder")
+    add_chat_command(commands)
+    text = "actor beside reference with scores, from one set of weights: a few prompts at once"
+    command = commands.add_parser("sample", help=text, description=text)
+    command.add_argument("run", type=Path, help=RUN)
     command.add_argument("--prompt", action="append", help="a prompt (repeatable; default: held-out ones)")
-    command.add_argument("--num-prompts", type=positive_int, default=3, help="how many held-out prompts")
-    command.add_argument("--checkpoint", choices=["last", "best"], default="last")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--num-prompts", type=positive_int, default=3, help="how many held-out prompts (default: 3)")
+    add_checkpoint_option(command)
+    command.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     add_trust_option(command)
     command.set_defaults(command=sample)
-    command = commands.add_parser("export", help="folders that transformers, PEFT and vLLM load")
-    command.add_argument("run", type=Path, help="run folder")
-    command.add_argument("out", type=Path, help="folder to write")
-    command.add_argument("--format", choices=["peft", "merged", "reward-model"], required=True)
-    command.add_argument("--checkpoint", choices=["last", "best"], default="last")
+    text = "write a run's policy or reward model as a folder that transformers, PEFT and vLLM load"
+    command = commands.add_parser("export", help=text, description=text)
+    command.add_argument("run", type=Path, help=RUN)
+    command.add_argument("out", type=Path, help="folder to write; new or empty")
+    formats = "the actor's adapter alone, the whole policy, or the reward model as a sequence classifier"
+    command.add_argument("--format", choices=["peft", "merged", "reward-model"], required=True, help=formats)
+    add_checkpoint_option(command)
     add_trust_option(command)
     command.set_defaults(command=export)
-    command = commands.add_parser("data", help="what a data file holds and what is wrong with it")
-    actions = command.add_subparsers(required=True, metavar="ACTION")
-    check = actions.add_parser("check", help="what would be read, lengths, the longer-wins baseline, all problems")
-    check.add_argument("file", help="local file or hub name")
-    check.add_argument("--tokenizer", default=None, help="model folder or hub name, to count tokens too")
-    check.set_defaults(command=data_check, takes_settings=True)
-    formats = actions.add_parser("formats", help="the row formats that can be named in data.format")
-    formats.set_defaults(command=data_formats)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -171,7 +184,7 @@ def plan(args: argparse.Namespace) -> None:
 def settings(args: argparse.Namespace) -> None:
     """`settings`: the recipe's fields as tyro shows them."""
     del args
-    recipe_with_overrides(DEMO_RECIPE, ["--help"])
+    recipe_with_overrides(None, ["--help"])
 
 
 def report(args: argparse.Namespace) -> None:
@@ -212,32 +225,6 @@ def export(args: argparse.Namespace) -> None:
     print(args.out)
 
 
-def data_check(args: argparse.Namespace) -> None:
-    """`data check`: exit code 2 where a row is malformed."""
-    from hydra_rlhf.data.check import check_file, render_report
-
-    config = recipe_with_overrides(DEMO_RECIPE, args.overrides).data
-    tokenizer = None
-    if args.tokenizer is not None:
-        from hydra_rlhf.config import ModelConfig
-        from hydra_rlhf.model.load import load_tokenizer
-
-        tokenizer = load_tokenizer(args.tokenizer, ModelConfig())
-    checked = check_file(args.file, config, tokenizer)
-    print(render_report(checked))
-    if not checked.ok:
-        raise SystemExit(2)
-
-
-def data_formats(args: argparse.Namespace) -> None:
-    """`data formats`: names and what each looks like."""
-    from hydra_rlhf.data.row_formats import FORMATS
-
-    del args
-    for name, row_format in FORMATS.items():
-        print(f"{name:24} {row_format.description}")
-
-
 def methods_named(names: Sequence[str] | None) -> tuple[str, ...]:
     """The methods to plan: those named, else all. Raises `ConfigError`."""
     from hydra_rlhf.model.roles import ROLES
@@ -250,25 +237,24 @@ def methods_named(names: Sequence[str] | None) -> tuple[str, ...]:
 
 def planned_recipe(args: argparse.Namespace) -> "Recipe":
     """The recipe that `plan` is asked about: a file or the defaults, with its short options and overrides."""
-    from hydra_rlhf.config import Recipe
-
     short = [("--model.path", args.model), ("--memory.budget", args.budget)]
     options = [word for name, value in short if value is not None for word in (name, value)]
     # An optional positional argument of argparse would also take the value of a setting that argparse does not know.
     has_file = bool(args.overrides) and not args.overrides[0].startswith("-")
-    recipe = Path(args.overrides[0]) if has_file else Recipe(name="plan")
+    recipe = Path(args.overrides[0]) if has_file else None
     return recipe_with_overrides(recipe, [*options, *args.overrides[has_file:]])
 
 
-def recipe_with_overrides(source: "Path | Recipe", overrides: Sequence[str]) -> "Recipe":
-    """A recipe, or the one of a file, with command-line settings laid over it. Raises `ConfigError`."""
+def recipe_with_overrides(source: "Path | Recipe | None", overrides: Sequence[str]) -> "Recipe":
+    """A recipe, or the one of a file, or every setting's default (None), with command-line settings laid over it.
+    Raises `ConfigError`."""
     import tyro
     from pydantic import ValidationError
 
     from hydra_rlhf.config import Recipe
     from hydra_rlhf.recipes import describe, load_recipe
 
-    recipe = load_recipe(source) if isinstance(source, Path) else source
+    recipe = load_recipe(source) if isinstance(source, Path) else source or Recipe(name="my-run")
     if not overrides:
         return recipe
     try:

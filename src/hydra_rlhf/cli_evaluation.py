@@ -25,6 +25,7 @@ A judge (--judge SPEC, repeatable) is one of
 Options follow a spec as ,name=value: llm:my-model@https://example.org/v1,prompt=summary,parallel=4
 Without --judge: gold where there is one, and the reward head. A tie counts half; intervals are 95 %.
 """
+RUN = "run folder, e.g. runs/quick"
 COMPARE = """\
 Every run's actor answers each prompt once, the start (the reference) too, and every judge compares everybody with
 everybody. Runs that differ in nothing but their seed are one player; LABEL=RUN puts all runs of a label together.
@@ -37,20 +38,22 @@ def add_evaluation_commands(commands: Any) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     text = "held-out numbers of a run, with confidence intervals"
     command = commands.add_parser("eval", help=text, description=text, epilog=JUDGES, formatter_class=raw)
-    command.add_argument("run", type=Path, help="run folder")
-    command.add_argument("--checkpoint", choices=["last", "best"], default="last")
-    command.add_argument("--num-prompts", type=positive_int, default=None, help="held-out prompts (default: recipe)")
+    command.add_argument("run", type=Path, help=RUN)
+    add_checkpoint_option(command)
+    command.add_argument(
+        "--num-prompts", type=positive_int, default=None, help="held-out prompts (default: the recipe's number)"
+    )
     add_judge_options(command)
     command.set_defaults(command=evaluate)
     text = "runs side by side on the same held-out prompts: win rates, strengths, a report"
     about = f"{text}.\n\n{COMPARE}"
     command = commands.add_parser("compare", help=text, description=about, epilog=JUDGES, formatter_class=raw)
     command.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or LABEL=RUN")
-    command.add_argument("--checkpoint", choices=["last", "best"], default="last")
+    add_checkpoint_option(command)
     command.add_argument(
-        "--num-prompts", type=positive_int, default=None, help="held-out prompts (default: first recipe)"
+        "--num-prompts", type=positive_int, default=None, help="held-out prompts (default: the first recipe's number)"
     )
-    command.add_argument("--seed", type=int, default=0, help="of the samples and of the bootstrap")
+    command.add_argument("--seed", type=int, default=0, help="of the samples and of the bootstrap (default: 0)")
     command.add_argument(
         "--json",
         type=Path,
@@ -60,6 +63,18 @@ def add_evaluation_commands(commands: Any) -> None:
     )
     add_judge_options(command)
     command.set_defaults(command=compare)
+
+
+def add_checkpoint_option(command: argparse.ArgumentParser) -> None:
+    """`--checkpoint`: which policy of a finished run."""
+    command.add_argument(
+        "--checkpoint",
+        type=checkpoint_name,
+        default="last",
+        metavar="WHICH",
+        help="policy to take: last (default), best by its held-out score, or the number of a PPO step whose checkpoint "
+        "is still there",
+    )
 
 
 def add_trust_option(command: argparse.ArgumentParser) -> None:
@@ -91,6 +106,13 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not above 0")
     return value
+
+
+def checkpoint_name(text: str) -> str:
+    """`last`, `best` or the number of a PPO step, for argparse."""
+    if text not in ("last", "best") and not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither last nor best nor the number of a PPO step")
+    return text
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -37,7 +37,7 @@ class DataConfig:
     hub_test_split: str = "test"
     """Which split of a hub dataset `test` reads."""
     test_frac: Share = 0.1
-    """Share of prompts held out by their hash when `test` is not given; no prompt is in both splits."""
+    """Share of prompts held out when `test` is not given, by their hash (`world`: by what they ask); never in both."""
     max_rows: PositiveInt | None = None
     """Read at most this many usable rows of each file, in file order."""
     max_prompt_tokens: PositiveInt = 256

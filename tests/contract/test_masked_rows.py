@@ -146,6 +146,34 @@ def test_metrics_are_those_of_the_valid_rows() -> None:
     assert all(math.isfinite(value) for value in seen.values())
 
 
+def test_the_kl_is_that_of_the_valid_rows() -> None:
+    """Row k is 10 + k nats from the reference, over its tokens: the mean over 0, 1, 2, 4, 6 and 7 is 10 + 20 / 6."""
+    hydra = tiny_hydra("hydra-ppo")
+    config = ppo_config()
+    rollout = rollout_of(hydra, config, failing(MASKED, 5))
+    mask = rollout.batch.response_mask
+    distances = (10.0 + torch.arange(8.0))[:, None] / mask.sum(dim=1, keepdim=True)
+    far = replace(rollout, logprobs=rollout.ref_logprobs + torch.where(mask, distances, 0.0))
+    seen = describe(far, judge(far, config, kl_coef=0.0, scale=1.0), kl_coef=0.0)
+    assert seen["kl/reference"] == pytest.approx(10 + 20 / 6, abs=1e-4)
+
+
+def test_the_kl_coefficient_is_steered_by_the_valid_rows(tmp_path) -> None:
+    """At first the KL is zero, 20 % and more below its target: of a horizon of 100 sequences each valid one lowers the
+    coefficient by 0.2 %."""
+    config = ppo_config(kl_coef=0.5, kl_target=1.0, kl_horizon=100, reward=RewardConfig(max_failed_frac=0.9))
+    recipe = Recipe(name="steered", output_dir=str(tmp_path), ppo=config)
+    hydra = tiny_hydra("hydra-ppo")
+    with Run.open(recipe, resume=False) as run, flaky(config) as opened:
+        session = Session(run)
+        train_ppo_stage(session, hydra, chat(hydra), prompts(), config, seed=3, reward_fn=opened)
+    first, second = session.history
+    num_valid = round(8 * (1 - first["reward/masked_frac"]))
+    assert 0 < num_valid < 8
+    assert first["kl/coef"] == 0.5
+    assert second["kl/coef"] == pytest.approx(0.5 * (1 - 0.002 * num_valid), abs=1e-9)
+
+
 def test_a_minibatch_without_a_valid_row_is_left_out() -> None:
     """Its optimizers do not step, and the others' metrics are finite."""
     hydra = tiny_hydra("hydra-ppo")

@@ -13,9 +13,11 @@ import yaml
 from contract.tiny import tiny_trunk, tokenizer
 
 from hydra_rlhf.cli import build_parser
+from hydra_rlhf.config import DataConfig
 from hydra_rlhf.model import hydra
 from hydra_rlhf.model.export import save_stage1
 from hydra_rlhf.stages import pipeline
+from hydra_rlhf.stages.datasets import load_raw
 from smoke.tiny_runs import exit_code, lay_over, settings, write_recipe
 
 GOOD_ROW = {"prompt": "where is the cat", "chosen": "on the mat", "rejected": "I do not know"}
@@ -313,6 +315,27 @@ def test_too_little_data_for_two_splits(refused: Refused) -> None:
     Path("pairs.jsonl").write_text(row() + "\n")
     write_recipe(Path("recipe.yaml"), data__train="pairs.jsonl")
     assert "data.test_frac=0.1" in refused("DataError", "run", "recipe.yaml")
+
+
+def test_data_check_knows_the_world_and_the_defaults(capfd: pytest.CaptureFixture[str]) -> None:
+    assert (
+        exit_code("data", "check", "world", "--data.world-pairs", "50", "--data.test-frac", "0.3", "--seed", "4") == 0
+    )
+    shown = capfd.readouterr().out
+    assert "source       world, the built-in one: data.world_pairs=50, 15 of them held out, seed=4" in shown
+    assert "rows         50 read -> 50 pairs" in shown
+    # `settings` names the defaults, not those of the demo.
+    assert exit_code("settings") == 0
+    listed = " ".join(capfd.readouterr().out.replace("│", " ").split())
+    assert "--data.max-prompt-tokens INT Longer prompts lose tokens on the left (counted). (default: 256)" in listed
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_the_world_holds_out_the_share_that_is_asked_for(refused: Refused) -> None:
+    write_recipe(Path("recipe.yaml"), data={"train": "world", "world_pairs": 40, "test_frac": 1.0})
+    assert "data.test_frac=1 leaves the training split empty" in refused("ConfigError", "run", "recipe.yaml")
+    raw = load_raw(DataConfig(world_pairs=40, test_frac=0.3), seed=0)
+    assert (len(raw.train.rows), len(raw.test.rows)) == (28, 12)
 
 
 def test_data_check_reports_bad_rows_by_its_exit_code(capfd: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,7 @@ def outputs(workplace: Path) -> dict[str, str]:
 
 
 def test_there_are_commands_for_every_kind_of_use() -> None:
-    kinds = {"data", "run", "sample", "eval", "compare", "report", "export", "plan", "bench"}
+    kinds = {"data", "run", "sample", "chat", "eval", "compare", "report", "export", "plan", "bench"}
     assert {words[0] for words in COMMANDS} == kinds
     assert {words[1] for words in COMMANDS if words[0] == "run"} == set(SMALLER)
 
@@ -118,6 +118,9 @@ def test_quick_run_is_summarised_sampled_and_evaluated(outputs: dict[str, str], 
     sampled = outputs["sample runs/quick --num-prompts 2"]
     assert sampled.count("prompt     ") == 2
     assert len(re.findall(r"^(?:reference|actor)\s+[+-]\d+\.\d\d", sampled, flags=re.M)) == 4
+    (talk,) = (text for words, text in outputs.items() if words.startswith("chat "))
+    assert talk.startswith("prompt     Stock note: lamp,")
+    assert len(re.findall(r"^ +(?:actor|reference): score [+-]\d+\.\d\d, ", talk, flags=re.M)) == 2
     best = json.loads((run / "evaluation-best.json").read_text())
     assert best["checkpoint"].startswith("best (step ")
     summary = json.loads((run / "summary.json").read_text())
@@ -197,5 +200,5 @@ def test_the_command_itself(way: str, tmp_path: Path) -> None:
         argv = [str(script), "--help"]
     done = subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("run", "demo", "sample", "eval", "compare", "report", "export", "data"):
+    for name in ("run", "demo", "sample", "chat", "eval", "compare", "report", "export", "data"):
         assert re.search(rf"^    {name}\b", done.stdout, flags=re.M), name

@@ -11,6 +11,7 @@ from hydra_rlhf.data.check import check_file, data_summary, longer_wins, render_
 from hydra_rlhf.data.formats import CutCounts, TokenizedDemonstration, TokenizedPair, TokenizedPrompt
 from hydra_rlhf.data.rows import BadRow, Demonstration, PreferencePair, Rows
 from hydra_rlhf.data.scratch_tokenizer import scratch_tokenizer
+from hydra_rlhf.data.world import world_pairs
 from hydra_rlhf.errors import ConfigError
 
 ROWS = [
@@ -52,11 +53,25 @@ def test_a_good_file(tmp_path):
         "longer wins  62.5 %",
         "  1 chosen    It is long, this one.",
         "  3 rejected  She",
-        "ok: a run can use this file",
+        "ok: a run can use this as data.train",
     ):
         assert part in text
     assert "  4 prompt" not in text, "three example rows"
     assert "tokens" not in text
+
+
+def test_the_built_in_world_is_checked_as_a_run_draws_it():
+    report = check_file("world", DataConfig(world_pairs=40, test_frac=0.25), seed=3)
+    assert report.ok
+    assert report.rows is not None
+    train, test = world_pairs(40, 3, 0.25)
+    assert report.rows.rows == [*train, *test]
+    assert len(test) == 10
+    text = render_report(report)
+    assert "source       world, the built-in one: data.world_pairs=40, 10 of them held out, seed=3" in text
+    assert "rows         40 read -> 40 pairs, 40 different prompts" in text
+    assert "  1 prompt    Stock note: " in text
+    assert "ok: a run can use this as data.train" in text
 
 
 def test_bad_rows_are_listed_and_decide(tmp_path):

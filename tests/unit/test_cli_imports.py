@@ -20,7 +20,17 @@ print("loaded:", *[name for name in {HEAVY} if name in sys.modules])
 
 
 @pytest.mark.parametrize(
-    "command", ["--help", "--version", "plan --help", "settings", "data check FILE", "data formats"]
+    "command",
+    [
+        "--help",
+        "--version",
+        "plan --help",
+        "settings",
+        "data check FILE",
+        "data check world",
+        "data formats",
+        "chat --help",
+    ],
 )
 def test_light_commands_stay_light(command: str, tmp_path: Path):
     file = tmp_path / "pairs.jsonl"

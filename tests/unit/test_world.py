@@ -28,7 +28,7 @@ PERFECT = "Hello! The lamp is red. Do you need more help? Thank you!"
 
 @pytest.fixture(scope="module")
 def splits() -> tuple[list[PreferencePair], list[PreferencePair]]:
-    return world_pairs(6000, seed=0)
+    return world_pairs(6000, seed=0, test_frac=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_more_text_never_helps_a_perfect_reply():
 
 
 def test_pairs_are_repeatable_and_differ_by_seed():
-    assert world_pairs(50, seed=3) == world_pairs(50, seed=3)
-    assert world_pairs(50, seed=3) != world_pairs(50, seed=4)
+    assert world_pairs(50, seed=3, test_frac=0.1) == world_pairs(50, seed=3, test_frac=0.1)
+    assert world_pairs(50, seed=3, test_frac=0.1) != world_pairs(50, seed=4, test_frac=0.1)
 
 
 def test_sizes_and_distinct_prompts(splits):
@@ -123,6 +123,18 @@ def test_sizes_and_distinct_prompts(splits):
     train_prompts, test_prompts = ({pair.prompt for pair in pairs} for pairs in splits)
     assert (len(train_prompts), len(test_prompts)) == (5400, 600)
     assert not train_prompts & test_prompts
+
+
+def test_the_share_held_out_is_the_one_asked_for(splits):
+    _, test = splits
+    train, more = world_pairs(50, seed=0, test_frac=0.3)
+    assert (len(train), len(more)) == (35, 15)
+    assert [pair.prompt for pair in more] == [pair.prompt for pair in test[:15]]  # held out whatever the share
+    assert [len(split) for split in world_pairs(3, seed=0, test_frac=0.01)] == [2, 1]
+    assert [len(split) for split in world_pairs(3, seed=0, test_frac=0.99)] == [1, 2]
+    for frac, empty in ((0.0, "test"), (1.0, "training")):
+        with pytest.raises(ConfigError, match=rf"data\.test_frac={frac:g} leaves the {empty} split empty"):
+            world_pairs(50, seed=0, test_frac=frac)
 
 
 def test_world_prompts_are_those_of_the_pairs_and_more(splits):
@@ -135,7 +147,7 @@ def test_world_prompts_are_those_of_the_pairs_and_more(splits):
 
 def test_too_few_pairs_and_too_many_prompts_are_refused():
     with pytest.raises(ConfigError, match=r"data\.world_pairs=1 "):
-        world_pairs(1, seed=0)
+        world_pairs(1, seed=0, test_frac=0.1)
     with pytest.raises(ConfigError, match="50000"):
         world_prompts("test", MAX_PROMPTS + 1, seed=0)
 

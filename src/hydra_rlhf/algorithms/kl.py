@@ -38,7 +38,7 @@ def kl_estimate(
 def next_kl_coef(kl_coef: float, measured_kl: float, *, target: float, horizon: int, num_sequences: int) -> float:
     """The adaptive coefficient after one PPO step (Ziegler et al. 2019, section 2.2, with K = num_sequences / horizon).
 
-    `measured_kl` and `target` are in nats per response, `num_sequences` is what the step sampled, `horizon` (also in
+    `measured_kl` and `target` are in nats per response, `num_sequences` is what it was measured on, `horizon` (also in
     sequences) is over how many the coefficient reacts. The relative error is held within 0.2 either way. A measurement
     that is NaN leaves the coefficient as it is: such a step is skipped and counted elsewhere.
     """

@@ -21,6 +21,7 @@ from hydra_rlhf.data.formats import (
 from hydra_rlhf.data.row_formats import FORMATS
 from hydra_rlhf.data.rows import Demonstration, PreferencePair, Prompt, PromptValue, Record, Rows
 from hydra_rlhf.data.sources import read_rows
+from hydra_rlhf.data.world import WORLD, world_pairs
 from hydra_rlhf.errors import DataError
 
 if TYPE_CHECKING:
@@ -61,14 +62,19 @@ def check_file(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     split: str = "train",
+    seed: int = 0,
 ) -> DataReport:
     """Read a file or hub data set as a run would, whatever it holds, and report instead of raising DataError.
 
-    ConfigError for settings that are wrong in themselves (an unknown format, a column map that fits nothing).
+    `world` is the built-in world, as `data.train` takes it: both its splits, drawn with `seed`. ConfigError for
+    settings that are wrong in themselves (an unknown format, a column map that fits nothing).
     """
     config = config or DataConfig()
     try:
-        rows = read_rows(source, config, ("pairs", "demonstrations", "prompts"), split=split)
+        if str(source) == WORLD:
+            rows = world_rows(config, seed)
+        else:
+            rows = read_rows(source, config, ("pairs", "demonstrations", "prompts"), split=split)
     except DataError as error:
         return DataReport(source=str(source), rows=None, problem=str(error))
     problem = None
@@ -92,6 +98,15 @@ def check_file(
         longer_wins=longer_wins(rows.rows),
         cuts=cuts,
     )
+
+
+def world_rows(config: DataConfig, seed: int) -> Rows[PreferencePair]:
+    """The pairs of the built-in world, training first."""
+    train, test = world_pairs(config.world_pairs, seed, config.test_frac)
+    made = (
+        f"{WORLD}, the built-in one: data.world_pairs={config.world_pairs}, {len(test)} of them held out, seed={seed}"
+    )
+    return Rows(rows=[*train, *test], source=made, format="pairs", rows_read=len(train) + len(test))
 
 
 def longer_wins(rows: Sequence[Record]) -> float | None:
@@ -131,7 +146,7 @@ def verdict(report: DataReport) -> str:
         return f"PROBLEM: {report.problem}"
     first = report.rows.rows[0] if report.rows is not None else None
     setting = {Demonstration: "data.demonstrations", Prompt: "data.prompts"}.get(type(first), "data.train")
-    return f"ok: a run can use this file as {setting}"
+    return f"ok: a run can use this as {setting}"
 
 
 def render_report(report: DataReport) -> str:

@@ -26,6 +26,8 @@ from hydra_rlhf.errors import ConfigError
 Split = Literal["train", "test"]
 Kind = Literal["greeting", "answer", "offer", "farewell", "rude", "filler", "unknown"]
 
+WORLD = "world"
+"""What `data.train` calls it."""
 GOLD_RANGE = (0.0, 10.0)
 """Lowest and highest gold score: 4 for the right answer and 2 each for greeting, offer and farewell make 10."""
 ANSWER_POINTS = 4.0
@@ -47,8 +49,6 @@ TEMPERATURE = 1.8
 """Gold points per unit of Bradley–Terry log-odds; gold itself then ranks about 87 % of the pairs right."""
 MIN_GAP = 1.5
 """Smallest difference in gold, in points, between the two replies of a pair."""
-TEST_FRAC = 0.1
-"""Share of `world_pairs` that is the test split."""
 MAX_PROMPTS = 50_000
 """Most distinct prompts drawn per split; 90,000 exist in the test split and 230,400 in training."""
 
@@ -119,15 +119,18 @@ def is_held_out(fact: Fact) -> bool:
     return (text.PRODUCTS.index(fact.product) + attribute + values.index(fact.value)) % len(values) == 0
 
 
-def world_pairs(num_pairs: int, seed: int) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """`num_pairs` pairs over as many distinct prompts: 90 % train, 10 % test (at least one each).
+def world_pairs(num_pairs: int, seed: int, test_frac: float) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """`num_pairs` pairs over as many distinct prompts, (train, test): `test_frac` of them test, at least one each.
 
-    The same `num_pairs` and `seed` give the same pairs. ConfigError for fewer than two pairs, or for more prompts
-    than `world_prompts` gives.
+    The same arguments give the same pairs, and the first test prompts do not depend on how many there are. ConfigError
+    for fewer than two pairs, for a split that would be empty, or for more prompts than `world_prompts` gives.
     """
     if num_pairs < 2:
         raise ConfigError(f"data.world_pairs={num_pairs} leaves a split empty; use at least 2")
-    num_test = max(1, round(TEST_FRAC * num_pairs))
+    if not 0 < test_frac < 1:
+        empty = "training" if test_frac else "test"
+        raise ConfigError(f"data.test_frac={test_frac:g} leaves the {empty} split empty; use e.g. 0.1")
+    num_test = min(max(1, round(test_frac * num_pairs)), num_pairs - 1)
     return _pairs("train", num_pairs - num_test, seed), _pairs("test", num_test, seed)
 
 

@@ -20,9 +20,8 @@ from hydra_rlhf.data.sources import (
     split_by_prompt,
     without_prompts_of,
 )
+from hydra_rlhf.data.world import WORLD as WORLD
 from hydra_rlhf.errors import ConfigError, DataError
-
-WORLD = "world"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +67,7 @@ def load_raw(config: DataConfig, *, seed: int) -> RawData:
         for name in ("test", "max_rows", "columns", "format"):
             if getattr(config, name) != getattr(DataConfig(), name):
                 raise ConfigError(f"data.{name} means nothing with data.train=world; remove it, or name a file")
-        train_pairs, test_pairs = world.world_pairs(config.world_pairs, seed)
+        train_pairs, test_pairs = world.world_pairs(config.world_pairs, seed, config.test_frac)
         read = len(train_pairs) + len(test_pairs)
         train = Rows(rows=train_pairs, source=WORLD, format=WORLD, rows_read=read)
         test = Rows(rows=test_pairs, source=WORLD, format=WORLD, rows_read=read)

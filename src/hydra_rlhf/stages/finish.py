@@ -148,8 +148,8 @@ def measure(
 
 
 def load_trained(run: Run, model: HydraModel, which: str) -> tuple[int, str, StageLimits, SourceMoments]:
-    """Put the `last` or `best` valid checkpoint of PPO into the model; returns its step, what it is in words, the
-    limits that training ended with, and the unit of its held-out scores.
+    """Put the `last` or `best` valid checkpoint of PPO, or that of a step, into the model; returns its step, what it
+    is in words, the limits that training ended with, and the unit of its held-out scores.
 
     Without a look at held-out prompts there is no best one, and the last is taken. Raises `CheckpointError`.
     """
@@ -160,10 +160,13 @@ def load_trained(run: Run, model: HydraModel, which: str) -> tuple[int, str, Sta
     limits = StageLimits(**checkpoint.state["limits"])
     moments = moments_of(checkpoint.state["held_out_moments"])
     best = checkpoint.state["best_step"]
-    if which == "best" and best is not None:
-        checkpoint = store.load(best)
+    if which.isdecimal():
+        checkpoint, name = store.load(int(which)), "chosen"
+    elif which == "best" and best is not None:
+        checkpoint, name = store.load(best), "best"
+    else:
+        name = "last"
     model.load_trained_state(checkpoint.tensors["model"])
-    name = "best" if which == "best" and best is not None else "last"
     return checkpoint.step, f"{name} (step {checkpoint.step})", limits, moments
 
 

@@ -137,7 +137,7 @@ def train_ppo_stage(
                 moments=moments,
                 source_moments=source_moments,
                 held_out_moments=state.held_out_moments or source_moments,
-                kl_coef=steered_kl_coef(config, state.kl_coef, metrics["kl/reference"], len(rollout.responses)),
+                kl_coef=steered_kl_coef(config, state.kl_coef, metrics["kl/reference"], int(rollout.valid.sum())),
             )
             if held_out is not None and config.eval_every and due(config.eval_every, state.step, config.num_steps):
                 seen, samples = held_out.look(

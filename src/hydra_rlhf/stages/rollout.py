@@ -204,7 +204,7 @@ def sequence_kl(rollout: Rollout) -> Float[Tensor, " b"]:
 
 
 def summarise(rollout: Rollout) -> dict[str, float]:
-    """Score, KL and shape of a rollout, for the log: units as in docs/metrics.md. Scores are those of valid rows."""
+    """Score, KL and shape of a rollout, for the log: units as in docs/metrics.md. Scores and KL are of valid rows."""
     mask = rollout.batch.response_mask
     scores = rollout.scores[rollout.valid]
     return {
@@ -212,7 +212,7 @@ def summarise(rollout: Rollout) -> dict[str, float]:
         "score/std": scores.std(correction=0).item(),
         **source_metrics(rollout.source_scores),
         "reward/masked_frac": 1 - rollout.valid.float().mean().item(),
-        "kl/reference": sequence_kl(rollout).mean().item(),
+        "kl/reference": sequence_kl(rollout)[rollout.valid].mean().item(),
         "ppo/entropy": (torch.where(mask, rollout.entropy, 0.0).sum() / mask.sum()).item(),
         "response/tokens_mean": mask.sum(dim=1).float().mean().item(),
         "response/eos_frac": rollout.ended.float().mean().item(),
