@@ -166,3 +166,9 @@ class PPOConfig(OptimizerConfig):
     num_logged_samples: Count = 4
     """Rollout samples written to samples.jsonl each step."""
     __post_init__ = check_ppo
+
+    @property
+    def learns_once(self) -> bool:
+        """Whether the policy that learns is the one that scored, so that one forward may do for both."""
+        once = self.num_epochs == 1 and self.minibatch_size == self.rollout_batch_size * self.samples_per_prompt
+        return once and self.scoring == "auto"

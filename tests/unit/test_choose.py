@@ -151,6 +151,34 @@ def test_whether_anything_fits_is_told_by_the_smallest_parts():
     assert not choose.fits_smallest(work(8, 1, choose.Given(checkpointed_layers=0, micro_batch_tokens=9)), 179)
 
 
+def test_as_many_graphs_wait_as_fit():
+    def with_graphs(cuts: Cuts) -> dict[str, dict[str, int]]:
+        """Each graph takes what its micro-batch does."""
+        phases = phases_of(cuts)
+        return phases | {"update": {"activations": phases["update"]["activations"] * cuts.kept_graphs}}
+
+    def kept(budget: int, *, keeps: bool = True, num_sequences: int = 5) -> tuple[int, int]:
+        """(graphs, peak) with 2 sequences of 1024 tokens in each micro-batch: 40,960 bytes."""
+        given = choose.Given(micro_batch_tokens=2500, rollout_rows=1, checkpointed_layers=0)
+        asked = replace(work(num_sequences, 1024, given), plan=with_graphs, keeps_graphs=keeps)
+        found, options = choose.choose(asked, budget)
+        assert found is not None
+        assert options == [found]
+        return found.cuts.kept_graphs, found.peak
+
+    # 5 sequences are 3 micro-batches of 2500 x 20 bytes: all three, two, one.
+    assert kept(10**9) == (3, 150_000)
+    assert kept(150_000) == (3, 150_000)
+    assert kept(149_999) == (2, 100_000)
+    assert kept(99_999) == (1, 50_000)
+    assert kept(10**9, num_sequences=2) == (1, 50_000)
+    assert kept(10**9, keeps=False) == (1, 50_000)
+    # A sequence longer than a micro-batch is one by itself.
+    long = replace(work(3, 1024, choose.Given(micro_batch_tokens=10)), plan=with_graphs, keeps_graphs=True)
+    assert choose.choose(long, 10**9)[0].cuts.kept_graphs == 3  # pyright: ignore[reportOptionalMemberAccess]
+    assert choose.choose(long, 0) == (None, choose.choose(long, 0)[1])
+
+
 def test_relative_time():
     # 256 tokens more than there are; a third more where everything is recomputed.
     assert choose.relative_time(256, 0.0) == 2.0

@@ -1,7 +1,7 @@
 """From a budget to settings: the cheapest micro-batch, row group and checkpointing that a plan says will fit."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from hydra_rlhf.memory.plan import Cuts, Phases, peak
@@ -49,6 +49,8 @@ class Work:
     num_sequences: int
     tokens_each: int
     """Of a sequence."""
+    keeps_graphs: bool = False
+    """Micro-batches may wait with their graphs for the values of all rows, which saves their second forward."""
 
 
 def choose(work: Work, budget: int) -> tuple[Option | None, list[Option]]:
@@ -67,7 +69,21 @@ def choose(work: Work, budget: int) -> tuple[Option | None, list[Option]]:
         for tokens in micro_batch_sizes(num_tokens, work.tokens_each, given.micro_batch_tokens)
     ]
     fitting = [option for option in options if option.peak <= budget]
-    return min(fitting, key=lambda option: option.relative_time, default=None), options
+    found = min(fitting, key=lambda option: option.relative_time, default=None)
+    if found is not None and work.keeps_graphs:
+        place, found = options.index(found), most_graphs(work, budget, found)
+        options[place] = found
+    return found, options
+
+
+def most_graphs(work: Work, budget: int, option: Option) -> Option:
+    """The option with as many graphs kept as fit, of all its micro-batches at most."""
+    for kept in range(ceil(work.num_sequences / max(1, option.cuts.micro_batch_tokens // work.tokens_each)), 1, -1):
+        cuts = replace(option.cuts, kept_graphs=kept)
+        phases = work.plan(cuts)
+        if peak(phases) <= budget:
+            return replace(option, cuts=cuts, phases=phases)
+    return option
 
 
 def fits_smallest(work: Work, budget: int) -> bool:

@@ -10,7 +10,7 @@ from transformers.configuration_utils import PretrainedConfig
 from hydra_rlhf.config import LoraConfig, ModelConfig, Recipe
 from hydra_rlhf.config_checks import parse_bytes
 from hydra_rlhf.memory.choose import Given, Option, Work, choose, fits_smallest
-from hydra_rlhf.memory.count import BaseSizes
+from hydra_rlhf.memory.count import BaseSizes, learning_passes
 from hydra_rlhf.memory.plan import Cuts, Phases, Planner, Workload, total
 from hydra_rlhf.memory.simulate import Simulation
 from hydra_rlhf.memory.sizes import sizes_of
@@ -47,6 +47,7 @@ def cuts_dict(cuts: Cuts) -> dict[str, int]:
         "micro_batch_tokens": cuts.micro_batch_tokens,
         "rollout_rows": cuts.rollout_rows,
         "checkpointed_layers": cuts.checkpointed_layers,
+        "kept_graphs": cuts.kept_graphs,
     }
 
 
@@ -122,6 +123,7 @@ def work_of_ppo(planner: Planner, recipe: Recipe, table: RoleTable) -> Work:
         num_layers=planner.simulation.num_layers,
         num_sequences=work.num_sequences,
         tokens_each=work.prompt_tokens + work.response_tokens,
+        keeps_graphs=ppo.learns_once and any(len(roles) > 1 for roles in learning_passes(table).values()),
     )
 
 

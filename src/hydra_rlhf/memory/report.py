@@ -112,7 +112,7 @@ def largest_sizes(
     A rollout batch may be larger than what is decoded together: it is then sampled in row groups.
     """
     planner = planner_of(recipe, config, workload_of(recipe), optimizer=recipe.ppo.optimizer, corrections=corrections)
-    num_layers, cuts = planner.simulation.num_layers, decision.chosen.cuts
+    num_layers, cuts = planner.simulation.num_layers, replace(decision.chosen.cuts, kept_graphs=1)
     work = planner.workload
     tokens_each = work.prompt_tokens + work.response_tokens
     most = max(1, MAX_MICRO_BATCH_TOKENS * 16 // tokens_each)

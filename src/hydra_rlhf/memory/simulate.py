@@ -14,6 +14,7 @@ from hydra_rlhf.config import LoraConfig, ModelConfig
 from hydra_rlhf.memory.course import Course, Need
 from hydra_rlhf.memory.meta_passes import (
     ADAPTER,
+    HeadBytes,
     PassKind,
     Rows,
     run_layers,
@@ -42,6 +43,8 @@ class PassBytes:
     """Most while the heads ran forward and backward."""
     peak: float
     """Most over the whole pass."""
+    graph: float = 0.0
+    """Live between forward and backward: what backward of layers and heads needs, and what the heads said."""
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Simulation:
     """Rank of the LoRA set that stage 1 left on a quantised base; 0 = none."""
     _trunks: dict[bool, Trunk] = field(default_factory=dict)
     _needs: dict[tuple[object, ...], Need] = field(default_factory=dict)
-    _heads_need: dict[tuple[object, ...], float] = field(default_factory=dict)
+    _heads_need: dict[tuple[object, ...], HeadBytes] = field(default_factory=dict)
     _found: dict[tuple[PassKind, Rows, int], PassBytes] = field(default_factory=dict)
     _shapes: KnownShapes = field(default_factory=dict)
 
@@ -92,11 +95,12 @@ class Simulation:
             kept = share * recomputed.kept(num, layers) + (1.0 - share) * kept
             # Backward begins in the layers that were kept; once they are gone one layer at a time is made again.
             peak = max(kept + working, recomputed.peak(num, checkpointed))
-        head = kept + self._heads(kind, rows)
+        heads = self._heads(kind, rows)
+        head = kept + heads.peak
         if kind.learns and kind.lm_head and not kind.adapter:
             peak += self.tied_head_gradient()
         by = self.corrections.get("update" if kind.learns else "score", 1.0)
-        return PassBytes(kept=by * kept, head=by * head, peak=by * max(head, peak))
+        return PassBytes(kept=by * kept, head=by * head, peak=by * max(head, peak), graph=by * (kept + heads.kept))
 
     def rollout(self, rows: Rows, *, adapter: bool) -> PassBytes:
         """Prefill, a draw and the last decode step of one row group."""
@@ -140,17 +144,20 @@ class Simulation:
         """Layers that are run: the first, whose input needs no gradient, one more to compare with, and all kinds."""
         return min(self.num_layers, self._period + 2)
 
-    def _heads(self, kind: PassKind, rows: Rows) -> float:
-        """Most bytes while the heads run forward and backward, on top of what the layers keep."""
+    def _heads(self, kind: PassKind, rows: Rows) -> HeadBytes:
+        """The heads forward and backward, on top of what the layers keep."""
         trunk = self.whole
         one, two = (
             self._once(("scalar", kind, few), lambda few=few: run_scalar_heads(trunk, kind, few, self._shapes))
             for few in (replace(rows, num=1), replace(rows, num=2))
         )
-        scalar = one + (two - one) * (rows.num - 1)
-        return max(scalar, self._lm_head(trunk, kind, rows)) if kind.lm_head else scalar
+        scalar = one.towards(two, rows.num - 1)
+        if not kind.lm_head:
+            return scalar
+        lm = self._lm_head(trunk, kind, rows)
+        return HeadBytes(kept=scalar.kept + lm.kept, peak=max(scalar.peak, lm.peak))
 
-    def _lm_head(self, trunk: Trunk, kind: PassKind, rows: Rows) -> float:
+    def _lm_head(self, trunk: Trunk, kind: PassKind, rows: Rows) -> HeadBytes:
         """As `_heads`, of the LM head alone. A large one is run on a few tiles: bytes are linear in both its sides."""
         vocab, width = trunk.lm_head.weight.shape
         read = replace(rows, num=max(1, rows.num // 2)) if kind.half else rows
@@ -160,7 +167,7 @@ class Simulation:
         trained = kind.learns and not kind.adapter
         left_out = (vocab - columns) * width * trunk.lm_head.weight.element_size() if trained else 0
 
-        def run(num: int, columns: int) -> float:
+        def run(num: int, columns: int) -> HeadBytes:
             part = replace(read, num=num)
             return self._once(
                 ("lm", kind, part, columns),
@@ -171,11 +178,13 @@ class Simulation:
             return run(read.num, vocab)
         few = -(-FEW_TILES * tile_rows // rows.response)
         if read.num <= 2 * few:
-            return run(read.num, columns) + left_out
-        low, high = run(few, columns), run(2 * few, columns)
-        return low + (high - low) * (read.num - few) / few + left_out
+            found = run(read.num, columns)
+        else:
+            low, high = run(few, columns), run(2 * few, columns)
+            found = low.towards(high, (read.num - few) / few)
+        return replace(found, peak=found.peak + left_out)
 
-    def _once(self, key: tuple[object, ...], run: Callable[[], float]) -> float:
+    def _once(self, key: tuple[object, ...], run: Callable[[], HeadBytes]) -> HeadBytes:
         if key not in self._heads_need:
             self._heads_need[key] = run()
         return self._heads_need[key]
