@@ -20,7 +20,7 @@ from hydra_rlhf.config import Recipe
 from hydra_rlhf.errors import OutOfMemoryError
 from hydra_rlhf.memory.decide import Decision, decide_ppo, planner_of, recipe_for, workload_of
 from hydra_rlhf.memory.report import budget_of, largest
-from hydra_rlhf.model.load import pick_device
+from hydra_rlhf.model.device import choose_dtype, dtype_of, pick_device
 from hydra_rlhf.model.roles import ROLES
 from hydra_rlhf.model.shapes import find_config, meta_trunk
 from hydra_rlhf.runtime.environment import describe_environment
@@ -56,8 +56,7 @@ class Bench:
     @cached_property
     def machine(self) -> Machine:
         """Rates of the device in the dtype of the model."""
-        dtype = meta_trunk(self.config, self.recipe.model).dtype
-        return this_machine(pick_device(self.recipe.model.device), dtype)
+        return this_machine(pick_device(self.recipe.model.device), dtype_of(self.recipe.model))
 
 
 def run_bench(bench: Bench, methods: Sequence[str], compare: Sequence[str]) -> dict[str, Any]:
@@ -79,9 +78,11 @@ def run_bench(bench: Bench, methods: Sequence[str], compare: Sequence[str]) -> d
 def describe(bench: Bench) -> dict[str, Any]:
     """Model, workload, machine and what else runs on it."""
     recipe = bench.recipe
+    dtype, dtype_why = choose_dtype(recipe.model)
     return {
         "model": recipe.model.path,
-        "dtype": str(meta_trunk(bench.config, recipe.model).dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "dtype_why": dtype_why,
         "quantization": recipe.model.quantization,
         "device": device_name(pick_device(recipe.model.device)),
         "lora": {"rank": recipe.lora.rank, "targets": list(recipe.lora.targets), "dtype": recipe.lora.dtype},

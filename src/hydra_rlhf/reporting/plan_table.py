@@ -94,11 +94,12 @@ def layers_text(layers: int, plan: Mapping[str, Any]) -> str:
 def what_is_planned(plan: Mapping[str, Any]) -> str:
     """Model, adapters, batch and budget, on one or two lines."""
     work = plan["workload"]
+    dtype = plan["dtype"] if plan["dtype_why"] == "as set" else f"{plan['dtype']}, {plan['dtype_why']}"
     packed = "" if plan["quantization"] == "none" else f", {plan['quantization']} base"
     factors = ", ".join(f"{phase} x {by:.2f}" for phase, by in plan["corrections"].items())
     probed = f"; corrected by a probe: {factors}" if factors else ""
     return (
-        f"{plan['model']} ({plan['num_layers']} layers, {plan['dtype']}{packed}), LoRA rank {plan['lora']['rank']} on "
+        f"{plan['model']} ({plan['num_layers']} layers, {dtype}{packed}), LoRA rank {plan['lora']['rank']} on "
         f"{' '.join(plan['lora']['targets'])}; rollouts of {work['num_sequences']} x ({work['prompt_tokens']} + "
         f"{work['response_tokens']}) tokens, minibatches of {work['minibatch_size']}; "
         f"{in_unit(plan, plan['tensor_budget'])} {unit_of(plan)[0]} for tensors{probed}"
