@@ -27,7 +27,7 @@ from hydra_rlhf.model.sample import DRAW_BYTES
 from hydra_rlhf.model.shapes import layer_period, meta_trunk, whole_trunk
 from hydra_rlhf.model.tiled_logprobs import tile_shape
 from hydra_rlhf.model.trunk import Trunk, text_config
-from hydra_rlhf.runtime.meta_ops import KnownShapes
+from hydra_rlhf.runtime.meta_ops import KNOWN
 
 FEW_TILES = 2
 """Tiles of logits that are run each way; more of them need no more memory."""
@@ -64,9 +64,9 @@ class Simulation:
     """Rank of the LoRA set that stage 1 left on a quantised base; 0 = none."""
     _trunks: dict[bool, Trunk] = field(default_factory=dict)
     _needs: dict[tuple[object, ...], Need] = field(default_factory=dict)
+    _courses: dict[tuple[object, ...], Course] = field(default_factory=dict)
     _heads_need: dict[tuple[object, ...], HeadBytes] = field(default_factory=dict)
     _found: dict[tuple[PassKind, Rows, int], PassBytes] = field(default_factory=dict)
-    _shapes: KnownShapes = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -124,15 +124,24 @@ class Simulation:
         return self._need(("decoding", adapter), rows, partial(run_rollout, adapter=adapter), recompute=False)
 
     def _need(self, name: tuple[object, ...], rows: Rows, run: Callable[..., Course], *, recompute: bool) -> Need:
-        """What a pass needs with any number of rows of this shape, from its courses with one and with two."""
+        """What a pass needs with any number of rows of this shape, from its courses with one and with two.
+
+        With a single row the second course says nothing more, and is not run.
+        """
+        single = rows.num == 1
         key = (*name, rows.prompt, rows.response, recompute)
-        if key not in self._needs:
-            trunk = self._trunk(recompute=recompute)
+        if (*key, single) not in self._needs:
             one, two = (
-                run(trunk, rows=replace(rows, num=num), period=self._period, known=self._shapes) for num in (1, 2)
+                self._course((*key, num), partial(run, rows=replace(rows, num=num)), recompute=recompute)
+                for num in (1, 1 if single else 2)
             )
-            self._needs[key] = Need.of(one, two, self._depth)
-        return self._needs[key]
+            self._needs[*key, single] = Need.of(one, two, self._depth)
+        return self._needs[*key, single]
+
+    def _course(self, key: tuple[object, ...], run: Callable[..., Course], *, recompute: bool) -> Course:
+        if key not in self._courses:
+            self._courses[key] = run(self._trunk(recompute=recompute), period=self._period, known=KNOWN)
+        return self._courses[key]
 
     @cached_property
     def _period(self) -> int:
@@ -148,7 +157,7 @@ class Simulation:
         """The heads forward and backward, on top of what the layers keep."""
         trunk = self.whole
         one, two = (
-            self._once(("scalar", kind, few), lambda few=few: run_scalar_heads(trunk, kind, few, self._shapes))
+            self._once(("scalar", kind, few), lambda few=few: run_scalar_heads(trunk, kind, few, KNOWN))
             for few in (replace(rows, num=1), replace(rows, num=2))
         )
         scalar = one.towards(two, rows.num - 1)
@@ -171,7 +180,7 @@ class Simulation:
             part = replace(read, num=num)
             return self._once(
                 ("lm", kind, part, columns),
-                lambda: run_lm_head(trunk, kind, part, columns, self.temperature, self.tile_bytes, self._shapes),
+                lambda: run_lm_head(trunk, kind, part, columns, self.temperature, self.tile_bytes, KNOWN),
             )
 
         if read.num * rows.response * vocab * 4 <= self.tile_bytes:  # the direct path, on the whole vocabulary

@@ -27,7 +27,7 @@ from hydra_rlhf.model.load import (
 from hydra_rlhf.model.lora import find_linears
 from hydra_rlhf.model.quantized import QuantizedLinear, can_pack
 from hydra_rlhf.model.trunk import Trunk, text_config
-from hydra_rlhf.runtime.meta_ops import MetaBytes
+from hydra_rlhf.runtime.meta_ops import KNOWN, MetaBytes
 
 SHAPE = "shape:"
 RANDOM_STD = 0.02
@@ -134,7 +134,7 @@ def meta_trunk(config: PretrainedConfig, model: ModelConfig, *, num_layers: int 
     config = with_layers(config, num_layers or text_config(config).num_hidden_layers)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config, attn_implementation=attention_implementation(config))
-    with MetaBytes():  # the weights of all layers have the same few shapes
+    with MetaBytes(KNOWN):  # the weights of all layers have the same few shapes
         trunk = Trunk(to_dtype(built, dtype_of(model)))
         if model.quantization != "none":
             quantize_linears(trunk, model.quantization)
