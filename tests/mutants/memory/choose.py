@@ -23,6 +23,14 @@ CHANGES = {
         ("given rows forgotten where they do not fit", FIRST_ROWS, FIRST_ROWS.replace("given.rollout_rows or 1", "1")),
         ("rollout left out", 'sum(phases["rollout"].values()) if "rollout" in phases else 0', "0"),
     ],
+    "what is held": [
+        ("rows looked at all the same", "if work.held <= budget else ()", "if True else ()"),
+        ("rows never looked at", "if work.held <= budget else ()", "if False else ()"),
+        ("just enough is too much", "if work.held <= budget else ()", "if work.held < budget else ()"),
+        ("layers looked at all the same", "    if work.held > budget:\n        return option(high)\n", ""),
+        ("smallest parts planned", "    if work.held > budget:\n        return False\n", ""),
+        ("none recomputed", "return option(high)\n    if option(low)", "return option(low)\n    if option(low)"),
+    ],
     "most_graphs": [
         (
             "all that there are",
