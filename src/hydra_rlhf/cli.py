@@ -164,8 +164,8 @@ def plan(args: argparse.Namespace) -> None:
             from hydra_rlhf.stages.probe_step import probe_step
 
             corrections = probe_step(recipe, trust_remote_code=args.trust_remote_code)
-        methods, trusted = methods_named(args.method), args.trust_remote_code
-        planned = plan_methods(recipe, methods, corrections, trust_remote_code=trusted)
+        methods = methods_named(args.method)
+        planned = plan_methods(recipe, methods, corrections, trust_remote_code=args.trust_remote_code)
     finally:
         gc.enable()
     if args.json:

@@ -168,7 +168,6 @@ class PPOConfig(OptimizerConfig):
     __post_init__ = check_ppo
 
     @property
-    def learns_once(self) -> bool:
-        """Whether the policy that learns is the one that scored, so that one forward may do for both."""
-        once = self.num_epochs == 1 and self.minibatch_size == self.rollout_batch_size * self.samples_per_prompt
-        return once and self.scoring == "auto"
+    def single_pass(self) -> bool:
+        """One epoch of one minibatch: the policy that learns is the one that scored."""
+        return self.num_epochs == 1 and self.minibatch_size == self.rollout_batch_size * self.samples_per_prompt

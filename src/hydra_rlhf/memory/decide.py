@@ -124,7 +124,9 @@ def work_of_ppo(planner: Planner, recipe: Recipe, table: RoleTable) -> Work:
         num_sequences=work.num_sequences,
         tokens_each=work.prompt_tokens + work.response_tokens,
         held=total(planner.held_ppo(table)),
-        keeps_graphs=ppo.learns_once and any(len(roles) > 1 for roles in learning_passes(table).values()),
+        keeps_graphs=ppo.scoring == "auto"
+        and ppo.single_pass
+        and any(len(roles) > 1 for roles in learning_passes(table).values()),
     )
 
 

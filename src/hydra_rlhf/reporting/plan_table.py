@@ -55,7 +55,9 @@ def verdict(plan: Mapping[str, Any]) -> str:
         settings = f"micro-batches of {ppo['micro_batch_tokens']:,} tokens, {rows_text(ppo['rollout_rows'])}"
         if not row["fits"]:
             return f"{name} does not fit {budget} as it is set: {need} at the least; {row['remedy']}."
-        return f"{name} fits {budget}: {need}; stage 2 in {settings}, {layers_text(ppo['checkpointed_layers'], plan)}."
+        graphs = f", {ppo['kept_graphs']} graphs kept until all values are known" if ppo["kept_graphs"] > 1 else ""
+        layers = layers_text(ppo["checkpointed_layers"], plan)
+        return f"{name} fits {budget}: {need}; stage 2 in {settings}, {layers}{graphs}."
     fitting = [name for name, row in plan["methods"].items() if row["fits"]]
     if not fitting:
         return f"None of {len(plan['methods'])} methods fits {budget} as it is set. {best_remedy(plan)}".strip()

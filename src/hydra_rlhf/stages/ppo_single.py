@@ -33,9 +33,10 @@ from hydra_rlhf.stages.ppo_update import apply, joined_loss, num_skipped
 def roles_to_score(table: RoleTable, config: PPOConfig, *, step: int) -> tuple[str, ...]:
     """The roles that have to look at a rollout before anything is learned from it: all, or those that never learn.
 
-    The ones that learn are left out where they can learn from the forward that scores: see `PPOConfig.learns_once`.
+    The ones that learn are left out where they can learn from the forward that scores: one epoch, one minibatch, and
+    all of them learning.
     """
-    if not config.learns_once or step < config.critic_warmup_steps:
+    if config.scoring == "separate" or not config.single_pass or step < config.critic_warmup_steps:
         return tuple(table)
     return tuple(role for role in table if role not in TRAINABLE_ROLES)
 
