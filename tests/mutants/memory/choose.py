@@ -26,7 +26,6 @@ CHANGES = {
     "what is held": [
         ("rows looked at all the same", "if work.held <= budget else ()", "if True else ()"),
         ("rows never looked at", "if work.held <= budget else ()", "if False else ()"),
-        ("just enough is too much", "if work.held <= budget else ()", "if work.held < budget else ()"),
         ("layers looked at all the same", "    if work.held > budget:\n        return option(high)\n", ""),
         ("smallest parts planned", "    if work.held > budget:\n        return False\n", ""),
         ("none recomputed", "return option(high)\n    if option(low)", "return option(low)\n    if option(low)"),
@@ -54,7 +53,7 @@ CHANGES = {
     ],
     "fewest_layers": [
         ("all layers", BISECTION, BISECTION.replace("high = middle", "low = middle")),
-        ("one layer too few", "    return option(high)", "    return option(low)"),
+        ("one layer too few", "low = middle\n    return option(high)", "low = middle\n    return option(low)"),
         ("none is not tried", "    if option(low).peak <= budget:\n", "    if option(low).peak < 0:\n"),
         ("given layers ignored", "if given.checkpointed_layers is not None:", "if False:"),
         ("zero given layers ignored", "if given.checkpointed_layers is not None:", "if given.checkpointed_layers:"),

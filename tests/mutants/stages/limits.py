@@ -48,7 +48,6 @@ CHANGES = {
         ("in order", "for part in reversed(parts):", "for part in parts:"),
         ("learned before all is seen", "    between()\n\n", ""),
         ("gradients stay", "        forget()\n", ""),
-        ("micro-batches cut at once", "        if num_kept > 1:\n", "        if num_kept > 99:\n"),
         ("graphs for ever", "        if num_kept > 1:\n", "        if num_kept > 0:\n"),
         ("half of the limit", "num_kept = min(limits.kept_graphs, len(parts))", "num_kept = limits.kept_graphs"),
         ("as many graphs as failed", "self.kept_graphs = num_kept // 2", "self.kept_graphs = num_kept - 1"),
