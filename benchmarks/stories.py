@@ -136,7 +136,7 @@ def recipe(model_path: str, folder: Path, seed: int) -> Recipe:
             max_prompt_tokens=64,
             max_response_tokens=NUM_TOKENS,
         ),
-        model=ModelConfig(path=model_path, device="cpu"),
+        model=ModelConfig(path=model_path, device="cpu", dtype="float32"),
         lora=LoraConfig(rank=16, alpha=32.0),
         hydra_sft=HydraSFTConfig(
             num_epochs=3,

@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 HUB_DIR = tempfile.mkdtemp(prefix="hydra-rlhf-tests-")
@@ -50,6 +51,14 @@ def repeatable() -> None:
     """Seed the global generators, so that a test does not depend on which tests ran before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_bfloat16_units() -> Iterator[None]:
+    """`model.dtype=auto` is float32 on every machine that runs the tests; what it is elsewhere is tested by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hydra_rlhf.model.device.has_bfloat16_units", lambda device: False)  # noqa: ARG005
+        yield
 
 
 @pytest.fixture(scope="session")

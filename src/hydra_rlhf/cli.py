@@ -1,6 +1,7 @@
 """`hydra-rlhf`: one function per command. Imports torch only in commands that need it."""
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -169,12 +170,17 @@ def plan(args: argparse.Namespace) -> None:
     from hydra_rlhf.memory.report import plan_methods
     from hydra_rlhf.reporting.plan_table import print_plan
 
-    corrections: dict[str, float] = {}
-    if args.probe:
-        from hydra_rlhf.stages.probe_step import probe_step
+    gc.disable()  # to look through all that was imported once more takes as long as the plan of a method
+    try:
+        corrections: dict[str, float] = {}
+        if args.probe:
+            from hydra_rlhf.stages.probe_step import probe_step
 
-        corrections = probe_step(recipe, trust_remote_code=args.trust_remote_code)
-    planned = plan_methods(recipe, methods_named(args.method), corrections, trust_remote_code=args.trust_remote_code)
+            corrections = probe_step(recipe, trust_remote_code=args.trust_remote_code)
+        methods = methods_named(args.method)
+        planned = plan_methods(recipe, methods, corrections, trust_remote_code=args.trust_remote_code)
+    finally:
+        gc.enable()
     if args.json:
         print(json.dumps(planned, indent=1))
     else:

@@ -44,7 +44,7 @@ def add_bench_command(
     command.add_argument("--iterations", type=positive, default=3, help="PPO steps of each measurement (default: 3)")
     command.add_argument("--rank", type=positive, default=16, help="of the LoRA sets (default: 16); alpha is twice it")
     command.add_argument("--targets", nargs="+", help="last names of the linears to adapt (default: all linears)")
-    command.add_argument("--dtype", help="model.dtype of the base")
+    command.add_argument("--dtype", help="model.dtype of the base: auto (default), float32 or bfloat16")
     command.add_argument("--device", help="model.device, e.g. cpu or cuda")
     command.add_argument("--checkpointing", help="memory.checkpointing: none, layers or auto")
     command.add_argument("--budget", help="memory of the comparison at an equal budget, and the most a method may use")

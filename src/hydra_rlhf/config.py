@@ -62,8 +62,8 @@ class ModelConfig:
     """Hub name, local folder, or `scratch:tiny` / `scratch:small` (a Llama from nothing, with its own tokenizer)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) to pin."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the base's weights; heads and their statistics are always float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the base's weights; `auto`: bfloat16 where the device has units for it, else and for `scratch:` float32."""
     device: str = "auto"
     """`auto` (CUDA if there is one, else CPU), `cpu`, `cuda` or `cuda:N`."""
     offline: bool = False

@@ -174,3 +174,8 @@ class PPOConfig(OptimizerConfig):
     num_logged_samples: Count = 4
     """Rollout samples written to samples.jsonl each step."""
     __post_init__ = check_ppo
+
+    @property
+    def single_pass(self) -> bool:
+        """One epoch of one minibatch: the policy that learns is the one that scored."""
+        return self.num_epochs == 1 and self.minibatch_size == self.rollout_batch_size * self.samples_per_prompt

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -32,6 +32,7 @@ from hydra_rlhf.model.shapes import meta_trunk
 from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.runtime.measure import PhaseMemory
 from hydra_rlhf.runtime.tensor_bytes import TensorBytes
+from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.ppo_state import build_optimizers
 from hydra_rlhf.stages.session import Session
@@ -72,13 +73,14 @@ class Point:
     response: int
     micro_rows: int
     rollout_rows: int
+    kept_graphs: int = 1
 
     @property
     def name(self) -> str:
         """What the test is called."""
         return (
             f"{self.family}-{self.method}-{self.dtype}-r{self.rank}-ckpt{self.checkpointed}-"
-            f"{self.num_sequences}x({self.prompt}+{self.response})-micro{self.micro_rows}"
+            f"{self.num_sequences}x({self.prompt}+{self.response})-micro{self.micro_rows}-graphs{self.kept_graphs}"
         )
 
 
@@ -113,7 +115,13 @@ def draw_points() -> list[Point]:
     return points
 
 
-POINTS = draw_points()
+GRAPHS_WAIT = [
+    replace(point, minibatch_size=point.num_sequences, micro_rows=2, kept_graphs=3)
+    for point in draw_points()
+    if point.method == "j-hydra-ppo"
+]
+"""The drawn points of the method whose pass is joined, with graphs of three micro-batches waiting."""
+POINTS = [*draw_points(), *GRAPHS_WAIT]
 SHARES: dict[str, float] = {}
 
 
@@ -173,7 +181,8 @@ def measured(point: Point, model: HydraModel) -> dict[str, int]:
         num_logged_samples=0,
     )
     memory = PhaseMemory(track_tensors=True)
-    train_ppo_stage(Session(memory=memory), model, chat(model), prompts, config, seed=0)
+    limits = replace(StageLimits.of(config), kept_graphs=point.kept_graphs)
+    train_ppo_stage(Session(memory=memory), model, chat(model), prompts, config, seed=0, limits=limits)
     return {name: seen["peak_tensor_bytes"] for name, seen in memory.as_dict().items()}
 
 
@@ -187,6 +196,7 @@ def test_planned_bytes_are_measured_bytes(point: Point) -> None:
         micro_batch_tokens=point.micro_rows * (point.prompt + point.response),
         rollout_rows=point.rollout_rows,
         checkpointed_layers=point.checkpointed,
+        kept_graphs=point.kept_graphs,
     )
     planned = planner.ppo(model.table, cuts)
     held = planned["update"]

@@ -151,6 +151,58 @@ def test_whether_anything_fits_is_told_by_the_smallest_parts():
     assert not choose.fits_smallest(work(8, 1, choose.Given(checkpointed_layers=0, micro_batch_tokens=9)), 179)
 
 
+def test_where_too_much_is_held_only_the_smallest_cuts_are_planned():
+    asked: list[Cuts] = []
+
+    def plan(cuts: Cuts) -> dict[str, dict[str, int]]:
+        asked.append(cuts)
+        return {name: parts | {"weights": 500} for name, parts in phases_of(cuts).items()}
+
+    held = replace(work(), plan=plan, held=500)
+    found, options = choose.choose(held, 499)
+    assert found is None
+    # All layers recomputed, one row decoded, in every size of micro-batch; nothing else was asked for.
+    assert [cuts_of(option) for option in options] == [(tokens, 1, 8) for tokens in (8192, 4096, 2048, 1024)]
+    assert asked == [option.cuts for option in options]
+    given = choose.Given(rollout_rows=5, checkpointed_layers=3)
+    assert {cuts_of(option)[1:] for option in choose.choose(replace(held, given=given), 499)[1]} == {(5, 3)}
+    asked.clear()
+    assert not choose.fits_smallest(held, 499)
+    assert asked == []
+    # A byte more is not too little by itself: 500 + 1024 x 4 bytes are.
+    assert choose.choose(held, 500) == (None, choose.choose(replace(held, held=0), 500)[1])
+    assert {cuts.checkpointed_layers for cuts in asked} > {0}
+    assert choose.fits_smallest(held, 500 + 4096)
+
+
+def test_as_many_graphs_wait_as_fit():
+    def with_graphs(cuts: Cuts) -> dict[str, dict[str, int]]:
+        """Each graph takes what its micro-batch does."""
+        phases = phases_of(cuts)
+        return phases | {"update": {"activations": phases["update"]["activations"] * cuts.kept_graphs}}
+
+    def kept(budget: int, *, keeps: bool = True, num_sequences: int = 5) -> tuple[int, int]:
+        """(graphs, peak) with 2 sequences of 1024 tokens in each micro-batch: 40,960 bytes."""
+        given = choose.Given(micro_batch_tokens=2500, rollout_rows=1, checkpointed_layers=0)
+        asked = replace(work(num_sequences, 1024, given), plan=with_graphs, keeps_graphs=keeps)
+        found, options = choose.choose(asked, budget)
+        assert found is not None
+        assert options == [found]
+        return found.cuts.kept_graphs, found.peak
+
+    # 5 sequences are 3 micro-batches of 2500 x 20 bytes: all three, two, one.
+    assert kept(10**9) == (3, 150_000)
+    assert kept(150_000) == (3, 150_000)
+    assert kept(149_999) == (2, 100_000)
+    assert kept(99_999) == (1, 50_000)
+    assert kept(10**9, num_sequences=2) == (1, 50_000)
+    assert kept(10**9, keeps=False) == (1, 50_000)
+    # A sequence longer than a micro-batch is one by itself.
+    long = replace(work(3, 1024, choose.Given(micro_batch_tokens=10)), plan=with_graphs, keeps_graphs=True)
+    assert choose.choose(long, 10**9)[0].cuts.kept_graphs == 3  # pyright: ignore[reportOptionalMemberAccess]
+    assert choose.choose(long, 0) == (None, choose.choose(long, 0)[1])
+
+
 def test_relative_time():
     # 256 tokens more than there are; a third more where everything is recomputed.
     assert choose.relative_time(256, 0.0) == 2.0

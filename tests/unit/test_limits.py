@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -262,6 +263,98 @@ def test_what_is_dropped_before_the_next_try_is_really_gone():
     assert [int(result[0]) for result in results] == [1, 1, 1, 1]
     # The second call sees the first's result; the third starts over and sees none.
     assert counts == [0, 1, 0, 1, 2, 3]
+
+
+# --- looking at all before learning from any ------------------------------------------------------------------------
+
+
+class Looking:
+    """Work in two rounds that writes down what happens, and runs out of memory in these calls of `look` (from 0)."""
+
+    def __init__(self, *places: int) -> None:
+        self.places = places
+        self.story: list[str] = []
+        self.num_looks = 0
+        self.alive: list[weakref.ref] = []
+
+    def look(self, rows: list[int], micro_batch: TokenBatch) -> torch.Tensor:
+        """A tensor; notes the rows, whether gradients are on, and how many of the tensors before are alive."""
+        alive = sum(reference() is not None for reference in self.alive)
+        self.story.append(f"look {rows} {'graph' if torch.is_grad_enabled() else 'plain'} {alive}")
+        self.num_looks += 1
+        seen = micro_batch.tokens.sum()
+        self.alive.append(weakref.ref(seen))
+        if self.num_looks - 1 in self.places:
+            raise ENOMEM
+        return seen
+
+    def between(self) -> None:
+        """All has been seen."""
+        self.story.append("between")
+
+    def learn(self, rows: list[int], micro_batch: TokenBatch, seen: torch.Tensor) -> tuple[int, ...]:
+        """The rows, from what was seen in them."""
+        assert seen == micro_batch.tokens.numel()
+        self.story.append(f"learn {rows}")
+        return tuple(rows)
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.story.append("forget")
+
+    def run(self, held: limits.StageLimits, num_rows: int = 5) -> list[tuple[int, ...]]:
+        """Over rows of 10 tokens."""
+        return limits.learn_after_looking(
+            held, cut_rows(num_rows, 10), self.look, self.between, self.learn, forget=self.forget
+        )
+
+
+def test_the_last_graphs_wait_and_the_others_are_looked_at_again():
+    held = replace(stage_limits(20), kept_graphs=2)
+    work = Looking()
+    assert work.run(held) == [(4,), (2, 3), (0, 1)]
+    # What was only looked at is dead at once; of those kept each dies with its own learning.
+    assert work.story == [
+        "look [0, 1] plain 0",
+        "look [2, 3] graph 0",
+        "look [4] graph 1",
+        "between",
+        "learn [4]",
+        "learn [2, 3]",
+        "look [0, 1] graph 0",
+        "learn [0, 1]",
+    ]
+    assert held == replace(stage_limits(20), kept_graphs=2)
+    single = Looking()
+    assert single.run(stage_limits(100)) == [(0, 1, 2, 3, 4)]
+    assert single.story == ["look [0, 1, 2, 3, 4] graph 0", "between", "learn [0, 1, 2, 3, 4]"]
+
+
+def test_graphs_are_given_up_before_micro_batches_are_cut():
+    # Limits of 9 graphs are of 3 micro-batches: 3, then 1, then smaller micro-batches; all is done again each time.
+    held = replace(stage_limits(20), kept_graphs=9)
+    work = Looking(2, 4)
+    assert work.run(held) == [(4,), (3,), (2,), (1,), (0,)]
+    assert (held.kept_graphs, held.micro_batch_tokens, held.num_retries) == (1, 10, 2)
+    assert work.story[:7] == [
+        "look [0, 1] graph 0",
+        "look [2, 3] graph 1",
+        "look [4] graph 2",
+        "forget",
+        "look [0, 1] plain 0",
+        "look [2, 3] plain 0",
+        "forget",
+    ]
+    assert work.story.count("between") == 1
+
+
+def test_memory_may_run_out_while_learning():
+    held = stage_limits(20)
+    work = Looking(3)  # the second look at rows 2 and 3
+    assert work.run(held) == [(4,), (3,), (2,), (1,), (0,)]
+    assert work.story.index("forget") == 6
+    assert held.micro_batch_tokens == 10
+    assert isinstance(raised(Looking(0).run, stage_limits(20), 1), OutOfMemoryError)
 
 
 # --- groups of rows -------------------------------------------------------------------------------------------------

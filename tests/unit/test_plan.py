@@ -71,9 +71,9 @@ def asked(made_up: plan.Planner) -> list[tuple[PassKind, Rows, int]]:
     return made_up.simulation.asked
 
 
-def cuts(tokens: int = 20, rows: int = 3, layers: int = 0):
+def cuts(tokens: int = 20, rows: int = 3, layers: int = 0, graphs: int = 1):
     """Settings."""
-    return plan.Cuts(micro_batch_tokens=tokens, rollout_rows=rows, checkpointed_layers=layers)
+    return plan.Cuts(micro_batch_tokens=tokens, rollout_rows=rows, checkpointed_layers=layers, kept_graphs=graphs)
 
 
 def shown(parts: dict[str, int]) -> dict[str, int]:
@@ -133,6 +133,42 @@ def test_with_a_single_micro_batch_gradients_come_as_activations_go():
     assert shown(planner(wide_head).ppo(ROLES["hydra-ppo"], cuts(40))["update"]) == HELD | {
         "gradients": 110,
         "activations": 170,
+    }
+
+
+def test_graphs_of_a_joined_pass_wait_beside_the_one_that_is_gone_through():
+    def with_graph(kind: PassKind, rows: Rows) -> PassBytes:
+        """Between forward and backward 110 bytes a row: 100 of the layers and 10 of the heads."""
+        return replace(in_proportion(kind, rows), graph=110.0 * rows.num)
+
+    joined, held = ROLES["j-hydra-ppo"], HELD | {"adapters": 120, "optimizer": 660}
+    # Micro-batches of 1 row, 4 in a minibatch. Two graphs of 110 wait while the third needs 150, without gradients; one
+    # waits beside 110 of gradients: 370 either way, and then 260 + 110. With four graphs 3 x 110 + 150.
+    for graphs, planned in ((1, {"gradients": 110, "activations": 150}), (4, {"activations": 480})):
+        assert shown(planner(with_graph).ppo(joined, cuts(10, graphs=graphs))["update"]) == held | planned
+    assert plan.total(planner(with_graph).ppo(joined, cuts(10, graphs=3))["update"]) == plan.total(held) + 370
+    # No more wait than there are: 3 rows and 1 row are two micro-batches, 330 + 450. All 4 rows in one: none waits.
+    for tokens, planned in ((30, 780), (40, 600)):
+        update = planner(with_graph).ppo(joined, cuts(tokens, graphs=9))["update"]
+        assert plan.total(update) == plan.total(held) + planned
+    # Passes of their own let no graph wait.
+    assert shown(planner(with_graph).ppo(ROLES["hydra-ppo"], cuts(10, graphs=4))["update"]) == HELD | {
+        "gradients": 110,
+        "activations": 150,
+    }
+
+    def heavy_start(kind: PassKind, rows: Rows) -> PassBytes:
+        """Gradients weigh more than a graph: the second micro-batch is the peak."""
+        del kind, rows
+        return PassBytes(kept=20.0, head=90.0, peak=90.0, graph=30.0)
+
+    # 30 + 90 + 110 with two graphs, since one waits beside the second: 0 x 30 + 90 + 110 = 200; of the first 120.
+    # Stepping needs 220, so three: 30 + 90 + 110 = 230. What the heads need above the layers' (20 + 30) is called so.
+    assert shown(planner(heavy_start).ppo(joined, cuts(10, graphs=2))["update"]) == held | {"gradients": 220}
+    assert shown(planner(heavy_start).ppo(joined, cuts(10, graphs=3))["update"]) == held | {
+        "gradients": 110,
+        "activations": 50,
+        "logits": 70,
     }
 
 

@@ -21,7 +21,7 @@ from hydra_rlhf.config_checks import compares_with_greedy
 from hydra_rlhf.errors import OutOfMemoryError
 from hydra_rlhf.memory.decide import Decision, decide_ppo, planner_of, recipe_for, workload_of
 from hydra_rlhf.memory.report import budget_of, largest
-from hydra_rlhf.model.load import pick_device
+from hydra_rlhf.model.device import choose_dtype, dtype_of, pick_device
 from hydra_rlhf.model.roles import method_table
 from hydra_rlhf.model.shapes import find_config, meta_trunk
 from hydra_rlhf.runtime.environment import describe_environment
@@ -57,8 +57,7 @@ class Bench:
     @cached_property
     def machine(self) -> Machine:
         """Rates of the device in the dtype of the model."""
-        dtype = meta_trunk(self.config, self.recipe.model).dtype
-        return this_machine(pick_device(self.recipe.model.device), dtype)
+        return this_machine(pick_device(self.recipe.model.device), dtype_of(self.recipe.model))
 
 
 def run_bench(bench: Bench, methods: Sequence[str], compare: Sequence[str]) -> dict[str, Any]:
@@ -80,9 +79,11 @@ def run_bench(bench: Bench, methods: Sequence[str], compare: Sequence[str]) -> d
 def describe(bench: Bench) -> dict[str, Any]:
     """Model, workload, machine and what else runs on it."""
     recipe = bench.recipe
+    dtype, dtype_why = choose_dtype(recipe.model)
     return {
         "model": recipe.model.path,
-        "dtype": str(meta_trunk(bench.config, recipe.model).dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "dtype_why": dtype_why,
         "quantization": recipe.model.quantization,
         "device": device_name(pick_device(recipe.model.device)),
         "lora": {"rank": recipe.lora.rank, "targets": list(recipe.lora.targets), "dtype": recipe.lora.dtype},
@@ -163,7 +164,7 @@ def decide(bench: Bench, recipe: Recipe, budget: int) -> Decision:
 
 def is_same_run(row: dict[str, Any], planned: dict[str, Any]) -> bool:
     """Whether a row was cut exactly as another one is planned to be."""
-    keys = ("method", "batch", "micro_batch_tokens", "rollout_rows", "checkpointed_layers")
+    keys = ("method", "batch", "micro_batch_tokens", "rollout_rows", "checkpointed_layers", "kept_graphs")
     return all(row[key] == planned[key] for key in keys)
 
 

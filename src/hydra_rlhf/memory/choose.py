@@ -1,7 +1,7 @@
 """From a budget to settings: the cheapest micro-batch, row group and checkpointing that a plan says will fit."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from hydra_rlhf.memory.plan import Cuts, Phases, peak
@@ -49,6 +49,10 @@ class Work:
     num_sequences: int
     tokens_each: int
     """Of a sequence."""
+    held: int = 0
+    """Bytes that are there however it is cut; where they are too many, nothing else has to be tried."""
+    keeps_graphs: bool = False
+    """Micro-batches may wait with their graphs for the values of all rows, which saves their second forward."""
 
 
 def choose(work: Work, budget: int) -> tuple[Option | None, list[Option]]:
@@ -59,7 +63,7 @@ def choose(work: Work, budget: int) -> tuple[Option | None, list[Option]]:
     """
     given = work.given
     layers = given.checkpointed_layers or 0  # a rollout recomputes nothing; what is asked for here is needed anyway
-    groups = row_groups(work.num_sequences, given.rollout_rows)
+    groups = row_groups(work.num_sequences, given.rollout_rows) if work.held <= budget else ()
     rows = next((rows for rows in groups if rollout_bytes(work.plan, rows, layers) <= budget), given.rollout_rows or 1)
     num_tokens = work.num_sequences * work.tokens_each
     options = [
@@ -67,11 +71,27 @@ def choose(work: Work, budget: int) -> tuple[Option | None, list[Option]]:
         for tokens in micro_batch_sizes(num_tokens, work.tokens_each, given.micro_batch_tokens)
     ]
     fitting = [option for option in options if option.peak <= budget]
-    return min(fitting, key=lambda option: option.relative_time, default=None), options
+    found = min(fitting, key=lambda option: option.relative_time, default=None)
+    if found is not None and work.keeps_graphs:
+        place, found = options.index(found), most_graphs(work, budget, found)
+        options[place] = found
+    return found, options
+
+
+def most_graphs(work: Work, budget: int, option: Option) -> Option:
+    """The option with as many graphs kept as fit, of all its micro-batches at most."""
+    for kept in range(ceil(work.num_sequences / max(1, option.cuts.micro_batch_tokens // work.tokens_each)), 1, -1):
+        cuts = replace(option.cuts, kept_graphs=kept)
+        phases = work.plan(cuts)
+        if peak(phases) <= budget:
+            return replace(option, cuts=cuts, phases=phases)
+    return option
 
 
 def fits_smallest(work: Work, budget: int) -> bool:
     """Whether the smallest parts that work can be cut into fit; then `choose` finds an option."""
+    if work.held > budget:
+        return False
     layers = work.num_layers if work.given.checkpointed_layers is None else work.given.checkpointed_layers
     cuts = Cuts(
         micro_batch_tokens=work.given.micro_batch_tokens or work.tokens_each,
@@ -98,6 +118,8 @@ def fewest_layers(work: Work, budget: int, *, tokens: int, rows: int) -> Option:
     if given.checkpointed_layers is not None:
         return option(given.checkpointed_layers)
     low, high = 0, num_layers
+    if work.held > budget:
+        return option(high)
     if option(low).peak <= budget:
         return option(low)
     while high - low > 1:

@@ -10,7 +10,7 @@ from transformers.configuration_utils import PretrainedConfig
 from hydra_rlhf.config import LoraConfig, ModelConfig, Recipe
 from hydra_rlhf.config_checks import parse_bytes
 from hydra_rlhf.memory.choose import Given, Option, Work, choose, fits_smallest
-from hydra_rlhf.memory.count import BaseSizes
+from hydra_rlhf.memory.count import BaseSizes, learning_passes
 from hydra_rlhf.memory.plan import Cuts, Phases, Planner, Workload, total
 from hydra_rlhf.memory.simulate import Simulation
 from hydra_rlhf.memory.sizes import sizes_of
@@ -47,6 +47,7 @@ def cuts_dict(cuts: Cuts) -> dict[str, int]:
         "micro_batch_tokens": cuts.micro_batch_tokens,
         "rollout_rows": cuts.rollout_rows,
         "checkpointed_layers": cuts.checkpointed_layers,
+        "kept_graphs": cuts.kept_graphs,
     }
 
 
@@ -122,6 +123,10 @@ def work_of_ppo(planner: Planner, recipe: Recipe, table: RoleTable) -> Work:
         num_layers=planner.simulation.num_layers,
         num_sequences=work.num_sequences,
         tokens_each=work.prompt_tokens + work.response_tokens,
+        held=total(planner.held_ppo(table)),
+        keeps_graphs=ppo.scoring == "auto"
+        and ppo.single_pass
+        and any(len(roles) > 1 for roles in learning_passes(table).values()),
     )
 
 
@@ -140,6 +145,7 @@ def work_of_stage1(planner: Planner, recipe: Recipe, stage: str, *, lora: bool) 
         num_layers=planner.simulation.num_layers,
         num_sequences=work.batch_size,
         tokens_each=rows * (work.prompt_tokens + work.data_response_tokens),
+        held=total(planner.held_stage1(stage, lora)),
     )
 
 
@@ -152,25 +158,25 @@ def decide_method(
 ) -> Mapping[str, Decision]:
     """Every stage that a method has to go through: {stage-1 model or `ppo`: decision}."""
     works = works_of(recipe, config, table, corrections)
-    return {stage: decide(work, budget) for stage, (_, work) in works.items()}
+    return {stage: decide(work, budget) for stage, work in works.items()}
 
 
 def fits(
     recipe: Recipe, config: PretrainedConfig, table: RoleTable, budget: int, corrections: Mapping[str, float]
 ) -> bool:
     """Whether `decide_method` finds limits for every stage; most often told without all its options."""
-    works = works_of(recipe, config, table, corrections)
-    if any(total(held) > budget for held, _ in works.values()):
-        return False  # however it is cut
-    return all(fits_smallest(work, budget) or decide(work, budget).fits for _, work in works.values())
+    works = works_of(recipe, config, table, corrections).values()
+    if any(work.held > budget for work in works):
+        return False
+    return all(fits_smallest(work, budget) or decide(work, budget).fits for work in works)
 
 
 def works_of(
     recipe: Recipe, config: PretrainedConfig, table: RoleTable, corrections: Mapping[str, float]
-) -> Mapping[str, tuple[Mapping[str, int], Work]]:
-    """Of each stage that a method has to go through, in order: what it holds all along, and what it has to cut."""
+) -> Mapping[str, Work]:
+    """What each stage that a method has to go through has to cut, in order."""
     workload = workload_of(recipe)
-    works: dict[str, tuple[Mapping[str, int], Work]] = {}
+    works: dict[str, Work] = {}
     for stage in stage1_models(table):
         if getattr(recipe.start, stage) is not None:
             continue  # given, not trained
@@ -184,9 +190,9 @@ def works_of(
             corrections=corrections,
         )
         lora = settings.tuning == "lora" or recipe.model.quantization != "none"
-        works[stage] = planner.held_stage1(stage, lora), work_of_stage1(planner, recipe, stage, lora=lora)
+        works[stage] = work_of_stage1(planner, recipe, stage, lora=lora)
     planner = planner_of(recipe, config, workload, optimizer=recipe.ppo.optimizer, corrections=corrections)
-    works["ppo"] = planner.held_ppo(table), work_of_ppo(planner, recipe, table)
+    works["ppo"] = work_of_ppo(planner, recipe, table)
     return works
 
 

@@ -54,6 +54,22 @@ class PassKind:
     """The entropy is part of the loss."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadBytes:
+    """What heads need on top of the hidden states that they read."""
+
+    kept: float
+    """Live when they have run forward: what their backward needs, and what they said."""
+    peak: float
+    """Most, forward and backward."""
+
+    def towards(self, other: "HeadBytes", steps: float) -> "HeadBytes":
+        """So many times the way from here to the other, on a straight line."""
+        return HeadBytes(
+            kept=self.kept + (other.kept - self.kept) * steps, peak=self.peak + (other.peak - self.peak) * steps
+        )
+
+
 def run_layers(trunk: Trunk, kind: PassKind, rows: Rows, period: int, known: KnownShapes) -> Course:
     """The course of the layers alone, forward and, where they learn, backward beside gradients of an earlier pass."""
     trunk.requires_grad_(False)
@@ -167,8 +183,8 @@ def watched(trunk: Trunk, period: int, known: KnownShapes) -> Iterator[Watch]:
 
 def run_lm_head(
     trunk: Trunk, kind: PassKind, rows: Rows, vocab: int, temperature: float, tile_bytes: int, known: KnownShapes
-) -> float:
-    """Most bytes of log-probs of all response tokens, forward and backward, with a head of `vocab` columns."""
+) -> HeadBytes:
+    """Bytes of log-probs of all response tokens, forward and backward, with a head of `vocab` columns."""
     real = trunk.lm_head
     with MetaBytes(known) as count, torch.set_grad_enabled(kind.learns):
         trained = kind.learns and not kind.adapter
@@ -188,12 +204,13 @@ def run_lm_head(
             tile_bytes=tile_bytes,
         )
         del states
+        kept = count.live - before
         if kind.learns:
             (logprobs.sum() + entropy.sum() if kind.entropy_gradient else logprobs.sum()).backward()
-        return count.peak - before
+        return HeadBytes(kept=kept, peak=count.peak - before)
 
 
-def run_scalar_heads(trunk: Trunk, kind: PassKind, rows: Rows, known: KnownShapes) -> float:
+def run_scalar_heads(trunk: Trunk, kind: PassKind, rows: Rows, known: KnownShapes) -> HeadBytes:
     """As `run_lm_head`, of a value head on all response tokens or a reward head on the last."""
     head = ScalarHead(trunk.hidden_size).to("meta").requires_grad_(kind.learns)
     with MetaBytes(known) as count, torch.set_grad_enabled(kind.learns):
@@ -202,9 +219,10 @@ def run_scalar_heads(trunk: Trunk, kind: PassKind, rows: Rows, known: KnownShape
         before = count.live
         read = [hidden[:, rows.prompt - 1 : -1]] * kind.value_head + [hidden[:, -1]] * kind.reward_head
         outputs = [head(states).sum() for states in read]
+        kept = count.live - before
         if outputs and kind.learns:
             torch.stack(outputs).sum().backward()
-        return count.peak - before
+        return HeadBytes(kept=kept, peak=count.peak - before)
 
 
 def hidden_leaf(trunk: Trunk, kind: PassKind, rows: Rows) -> Tensor:

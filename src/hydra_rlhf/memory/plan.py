@@ -49,6 +49,8 @@ class Cuts:
     """Responses decoded together."""
     checkpointed_layers: int
     """Layers recomputed in backward."""
+    kept_graphs: int = 1
+    """Micro-batches of a joined pass whose graphs wait for the values of all rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,10 @@ class Planner:
                 learns=True,
                 entropy_gradient=work.entropy_gradient and "actor" in roles,
             )
+            num_waiting = min(cuts.kept_graphs, -(-work.minibatch_size // num)) - 1 if len(roles) > 1 else 0
+            trained = trained_parts(table, train_pass, self.sizes)
             need = self.simulation.micro_batch(kind, rows, checkpointed=cuts.checkpointed_layers)
-            found += learning(held, trained_parts(table, train_pass, self.sizes), need, once=num == work.minibatch_size)
+            found += learning(held, trained, need, once=num == work.minibatch_size, num_waiting=num_waiting)
         return max(found, key=total)
 
     def stage1(self, stage: str, cuts: Cuts, *, lora: bool) -> dict[str, int]:
@@ -146,19 +150,29 @@ def micro_rows(cuts: Cuts, tokens_each: int, num: int) -> int:
     return min(num, max(1, cuts.micro_batch_tokens // tokens_each))
 
 
-def learning(held: dict[str, int], trained: list[Part], need: PassBytes, *, once: bool) -> list[dict[str, int]]:
+def learning(
+    held: dict[str, int], trained: list[Part], need: PassBytes, *, once: bool, num_waiting: int = 0
+) -> list[dict[str, int]]:
     """The moments of a learning pass that may be its peak.
 
     From the second micro-batch on the gradients of the ones before are there through the whole pass. With a single
     micro-batch (`once`) they come as activations go. At the end the optimizer steps, with a float32 copy of 16-bit
-    gradients, which die one by one.
+    gradients, which die one by one. `num_waiting` more graphs are there while the first one is gone through.
     """
     gradients = sum(part.gradient_bytes for part in trained)
     stepping = held | {"gradients": sum(part.stepping_bytes for part in trained)}
+    if num_waiting:
+        first, second = beside(need, num_waiting * need.graph), beside(need, (num_waiting - 1) * need.graph)
+        return [phase(held, first), phase(held | {"gradients": gradients}, second), stepping]
     if not once:
         return [phase(held | {"gradients": gradients}, need), stepping]
-    late = PassBytes(kept=0.0, head=0.0, peak=need.peak - max(need.kept, need.head - need.kept))
+    late = replace(need, kept=0.0, head=0.0, peak=need.peak - max(need.kept, need.head - need.kept))
     return [phase(held, need), phase(held | {"gradients": gradients}, late), stepping]
+
+
+def beside(need: PassBytes, more: float) -> PassBytes:
+    """What a pass needs together with bytes that are there throughout."""
+    return replace(need, kept=need.kept + more, head=need.head + more, peak=need.peak + more)
 
 
 def phase(held: dict[str, int], need: PassBytes, *, less: float = 0.0) -> dict[str, int]:

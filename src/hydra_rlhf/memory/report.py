@@ -22,7 +22,7 @@ from hydra_rlhf.memory.decide import (
 )
 from hydra_rlhf.memory.plan import Cuts, peak, total
 from hydra_rlhf.memory.remedy import find_remedy
-from hydra_rlhf.model.load import pick_device
+from hydra_rlhf.model.device import choose_dtype, pick_device, with_dtype
 from hydra_rlhf.model.roles import ROLES, RoleTable, method_table
 from hydra_rlhf.model.shapes import find_config
 from hydra_rlhf.model.trunk import text_config
@@ -43,12 +43,15 @@ def plan_methods(
     Reads the model's config and no weight. Methods that do not fit say what would make them. `corrections` are measured
     over planned bytes per phase, from a probe.
     """
+    dtype, dtype_why = choose_dtype(recipe.model)
+    recipe = replace(recipe, model=with_dtype(recipe.model))
     config = find_config(recipe.model, trust_remote_code=trust_remote_code)
     budget = budget_of(recipe)
     rows = {method: plan_method(recipe_for(recipe, method), config, budget, corrections) for method in methods}
     return {
         "model": recipe.model.path,
-        "dtype": recipe.model.dtype,
+        "dtype": dtype,
+        "dtype_why": dtype_why,
         "quantization": recipe.model.quantization,
         "num_layers": text_config(config).num_hidden_layers,
         "lora": {"rank": recipe.lora.rank, "targets": list(recipe.lora.targets), "dtype": recipe.lora.dtype},
@@ -112,7 +115,7 @@ def largest_sizes(
     A rollout batch may be larger than what is decoded together: it is then sampled in row groups.
     """
     planner = planner_of(recipe, config, workload_of(recipe), optimizer=recipe.ppo.optimizer, corrections=corrections)
-    num_layers, cuts = planner.simulation.num_layers, decision.chosen.cuts
+    num_layers, cuts = planner.simulation.num_layers, replace(decision.chosen.cuts, kept_graphs=1)
     work = planner.workload
     tokens_each = work.prompt_tokens + work.response_tokens
     most = max(1, MAX_MICRO_BATCH_TOKENS * 16 // tokens_each)

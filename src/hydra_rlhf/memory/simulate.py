@@ -14,6 +14,7 @@ from hydra_rlhf.config import LoraConfig, ModelConfig
 from hydra_rlhf.memory.course import Course, Need
 from hydra_rlhf.memory.meta_passes import (
     ADAPTER,
+    HeadBytes,
     PassKind,
     Rows,
     run_layers,
@@ -26,7 +27,7 @@ from hydra_rlhf.model.load import DTYPES
 from hydra_rlhf.model.shapes import layer_period, meta_trunk, whole_trunk
 from hydra_rlhf.model.tiled_logprobs import tile_shape
 from hydra_rlhf.model.trunk import Trunk, text_config
-from hydra_rlhf.runtime.meta_ops import KnownShapes
+from hydra_rlhf.runtime.meta_ops import KNOWN
 
 FEW_TILES = 2
 """Tiles of logits that are run each way; more of them need no more memory."""
@@ -42,6 +43,8 @@ class PassBytes:
     """Most while the heads ran forward and backward."""
     peak: float
     """Most over the whole pass."""
+    graph: float = 0.0
+    """Live between forward and backward: what backward of layers and heads needs, and what the heads said."""
 
 
 @dataclass
@@ -61,9 +64,9 @@ class Simulation:
     """Rank of the LoRA set that stage 1 left on a quantised base; 0 = none."""
     _trunks: dict[bool, Trunk] = field(default_factory=dict)
     _needs: dict[tuple[object, ...], Need] = field(default_factory=dict)
-    _heads_need: dict[tuple[object, ...], float] = field(default_factory=dict)
+    _courses: dict[tuple[object, ...], Course] = field(default_factory=dict)
+    _heads_need: dict[tuple[object, ...], HeadBytes] = field(default_factory=dict)
     _found: dict[tuple[PassKind, Rows, int], PassBytes] = field(default_factory=dict)
-    _shapes: KnownShapes = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -92,11 +95,12 @@ class Simulation:
             kept = share * recomputed.kept(num, layers) + (1.0 - share) * kept
             # Backward begins in the layers that were kept; once they are gone one layer at a time is made again.
             peak = max(kept + working, recomputed.peak(num, checkpointed))
-        head = kept + self._heads(kind, rows)
+        heads = self._heads(kind, rows)
+        head = kept + heads.peak
         if kind.learns and kind.lm_head and not kind.adapter:
             peak += self.tied_head_gradient()
         by = self.corrections.get("update" if kind.learns else "score", 1.0)
-        return PassBytes(kept=by * kept, head=by * head, peak=by * max(head, peak))
+        return PassBytes(kept=by * kept, head=by * head, peak=by * max(head, peak), graph=by * (kept + heads.kept))
 
     def rollout(self, rows: Rows, *, adapter: bool) -> PassBytes:
         """Prefill, a draw and the last decode step of one row group."""
@@ -120,15 +124,24 @@ class Simulation:
         return self._need(("decoding", adapter), rows, partial(run_rollout, adapter=adapter), recompute=False)
 
     def _need(self, name: tuple[object, ...], rows: Rows, run: Callable[..., Course], *, recompute: bool) -> Need:
-        """What a pass needs with any number of rows of this shape, from its courses with one and with two."""
+        """What a pass needs with any number of rows of this shape, from its courses with one and with two.
+
+        With a single row the second course says nothing more, and is not run.
+        """
+        single = rows.num == 1
         key = (*name, rows.prompt, rows.response, recompute)
-        if key not in self._needs:
-            trunk = self._trunk(recompute=recompute)
+        if (*key, single) not in self._needs:
             one, two = (
-                run(trunk, rows=replace(rows, num=num), period=self._period, known=self._shapes) for num in (1, 2)
+                self._course((*key, num), partial(run, rows=replace(rows, num=num)), recompute=recompute)
+                for num in (1, 1 if single else 2)
             )
-            self._needs[key] = Need.of(one, two, self._depth)
-        return self._needs[key]
+            self._needs[*key, single] = Need.of(one, two, self._depth)
+        return self._needs[*key, single]
+
+    def _course(self, key: tuple[object, ...], run: Callable[..., Course], *, recompute: bool) -> Course:
+        if key not in self._courses:
+            self._courses[key] = run(self._trunk(recompute=recompute), period=self._period, known=KNOWN)
+        return self._courses[key]
 
     @cached_property
     def _period(self) -> int:
@@ -140,17 +153,20 @@ class Simulation:
         """Layers that are run: the first, whose input needs no gradient, one more to compare with, and all kinds."""
         return min(self.num_layers, self._period + 2)
 
-    def _heads(self, kind: PassKind, rows: Rows) -> float:
-        """Most bytes while the heads run forward and backward, on top of what the layers keep."""
+    def _heads(self, kind: PassKind, rows: Rows) -> HeadBytes:
+        """The heads forward and backward, on top of what the layers keep."""
         trunk = self.whole
         one, two = (
-            self._once(("scalar", kind, few), lambda few=few: run_scalar_heads(trunk, kind, few, self._shapes))
+            self._once(("scalar", kind, few), lambda few=few: run_scalar_heads(trunk, kind, few, KNOWN))
             for few in (replace(rows, num=1), replace(rows, num=2))
         )
-        scalar = one + (two - one) * (rows.num - 1)
-        return max(scalar, self._lm_head(trunk, kind, rows)) if kind.lm_head else scalar
+        scalar = one.towards(two, rows.num - 1)
+        if not kind.lm_head:
+            return scalar
+        lm = self._lm_head(trunk, kind, rows)
+        return HeadBytes(kept=scalar.kept + lm.kept, peak=max(scalar.peak, lm.peak))
 
-    def _lm_head(self, trunk: Trunk, kind: PassKind, rows: Rows) -> float:
+    def _lm_head(self, trunk: Trunk, kind: PassKind, rows: Rows) -> HeadBytes:
         """As `_heads`, of the LM head alone. A large one is run on a few tiles: bytes are linear in both its sides."""
         vocab, width = trunk.lm_head.weight.shape
         read = replace(rows, num=max(1, rows.num // 2)) if kind.half else rows
@@ -160,22 +176,24 @@ class Simulation:
         trained = kind.learns and not kind.adapter
         left_out = (vocab - columns) * width * trunk.lm_head.weight.element_size() if trained else 0
 
-        def run(num: int, columns: int) -> float:
+        def run(num: int, columns: int) -> HeadBytes:
             part = replace(read, num=num)
             return self._once(
                 ("lm", kind, part, columns),
-                lambda: run_lm_head(trunk, kind, part, columns, self.temperature, self.tile_bytes, self._shapes),
+                lambda: run_lm_head(trunk, kind, part, columns, self.temperature, self.tile_bytes, KNOWN),
             )
 
         if read.num * rows.response * vocab * 4 <= self.tile_bytes:  # the direct path, on the whole vocabulary
             return run(read.num, vocab)
         few = -(-FEW_TILES * tile_rows // rows.response)
         if read.num <= 2 * few:
-            return run(read.num, columns) + left_out
-        low, high = run(few, columns), run(2 * few, columns)
-        return low + (high - low) * (read.num - few) / few + left_out
+            found = run(read.num, columns)
+        else:
+            low, high = run(few, columns), run(2 * few, columns)
+            found = low.towards(high, (read.num - few) / few)
+        return replace(found, peak=found.peak + left_out)
 
-    def _once(self, key: tuple[object, ...], run: Callable[[], float]) -> float:
+    def _once(self, key: tuple[object, ...], run: Callable[[], HeadBytes]) -> HeadBytes:
         if key not in self._heads_need:
             self._heads_need[key] = run()
         return self._heads_need[key]

@@ -21,6 +21,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hydra_rlhf.config import ModelConfig
 from hydra_rlhf.errors import ModelError
 from hydra_rlhf.model import attention
+from hydra_rlhf.model.device import DTYPES as DTYPES
+from hydra_rlhf.model.device import dtype_of, with_dtype
+from hydra_rlhf.model.device import pick_device as pick_device
 from hydra_rlhf.model.export import STAGE1_ADAPTER, load_peft_adapter
 from hydra_rlhf.model.lora import find_linears
 from hydra_rlhf.model.probe import check_trunk
@@ -29,7 +32,6 @@ from hydra_rlhf.model.trunk import Trunk, text_config
 
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 """What transformers and the hub raise for files that are missing, damaged, or hold other types than they should."""
-DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 SCRATCH_SHAPES: Mapping[str, dict[str, Any]] = {
     "tiny": {
@@ -58,19 +60,6 @@ def to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f"model.device={name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"model.device={name!r}, but torch sees no CUDA device; use model.device=cpu or auto")
-    return device
-
-
 def load_trunk(path: str, config: ModelConfig, *, trust_remote_code: bool = False) -> Trunk:
     """Load a causal LM from a hub name or a local folder, in `config.dtype`, with dropout off and its linears packed as
     `config.quantization` says. A folder that stage 1 left of a quantised base is that base with its adapter below.
@@ -78,6 +67,7 @@ def load_trunk(path: str, config: ModelConfig, *, trust_remote_code: bool = Fals
     Only safetensors are read, and code from the model's repository runs only if the caller says so: a model's own
     files are never asked. Raises `ModelError` with the reason and the way out.
     """
+    config = with_dtype(config)
     left_by_stage1 = QuantizedBase.read(Path(path))
     if left_by_stage1 is None:
         return load_base(path, config, revision=pinned_revision(path, config), trust_remote_code=trust_remote_code)
@@ -198,7 +188,7 @@ def scratch_trunk(shape: str, tokenizer: PreTrainedTokenizerBase, config: ModelC
         torch.manual_seed(seed)
         model = LlamaForCausalLM(llama)
     model.set_attn_implementation(attention.NAME)
-    model = to_dtype(model, DTYPES[config.dtype])
+    model = to_dtype(model, dtype_of(config))
     return Trunk(model.to(pick_device(config.device)))  # pyright: ignore[reportArgumentType]
 
 

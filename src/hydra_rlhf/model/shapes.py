@@ -13,13 +13,12 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hydra_rlhf.config import ModelConfig
 from hydra_rlhf.errors import ModelError
+from hydra_rlhf.model.device import dtype_of, pick_device
 from hydra_rlhf.model.load import (
-    DTYPES,
     SCRATCH_SHAPES,
     UNREADABLE,
     attention_implementation,
     first_line,
-    pick_device,
     pinned_revision,
     quantize_linears,
     to_dtype,
@@ -28,7 +27,7 @@ from hydra_rlhf.model.load import (
 from hydra_rlhf.model.lora import find_linears
 from hydra_rlhf.model.quantized import QuantizedLinear, can_pack
 from hydra_rlhf.model.trunk import Trunk, text_config
-from hydra_rlhf.runtime.meta_ops import MetaBytes
+from hydra_rlhf.runtime.meta_ops import KNOWN, MetaBytes
 
 SHAPE = "shape:"
 RANDOM_STD = 0.02
@@ -135,8 +134,8 @@ def meta_trunk(config: PretrainedConfig, model: ModelConfig, *, num_layers: int 
     config = with_layers(config, num_layers or text_config(config).num_hidden_layers)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config, attn_implementation=attention_implementation(config))
-    with MetaBytes():  # the weights of all layers have the same few shapes
-        trunk = Trunk(to_dtype(built, DTYPES[model.dtype]))
+    with MetaBytes(KNOWN):  # the weights of all layers have the same few shapes
+        trunk = Trunk(to_dtype(built, dtype_of(model)))
         if model.quantization != "none":
             quantize_linears(trunk, model.quantization)
     return trunk
@@ -177,7 +176,7 @@ def random_trunk(config: PretrainedConfig, model: ModelConfig) -> Trunk:
 
     Every tensor is made where it stays, in the dtype it keeps; of packed linears one at a time exists unpacked.
     """
-    device, dtype = pick_device(model.device), DTYPES[model.dtype]
+    device, dtype = pick_device(model.device), dtype_of(model)
     options = {"attn_implementation": attention_implementation(config), "dtype": dtype}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)

@@ -54,10 +54,11 @@ def titled_rows(found: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
 def what_was_run(found: Mapping[str, Any]) -> str:
     """Model, lengths, device and the device's two rates."""
     work, machine, lora = found["workload"], found["machine"], found["lora"]
+    dtype = found["dtype"] if found["dtype_why"] == "as set" else f"{found['dtype']}, {found['dtype_why']}"
     packed = "" if found["quantization"] == "none" else f", {found['quantization']} base"
     prompts = f"prompts of {work['prompts']} of at most" if work["prompts"] else "prompts of"
     return (
-        f"{found['model']} ({found['dtype']}{packed}) on {found['device']}, LoRA rank {lora['rank']} on "
+        f"{found['model']} ({dtype}{packed}) on {found['device']}, LoRA rank {lora['rank']} on "
         f"{' '.join(lora['targets'])}; {prompts} {work['prompt_tokens']} tokens, responses of "
         f"{work['response_tokens']}; {found['iterations']} PPO steps. Measured here: "
         f"{format_number(machine['bandwidth'] / 1e9)} GB/s, {format_number(machine['matrix_rate'] / 1e12)} TFLOP/s."

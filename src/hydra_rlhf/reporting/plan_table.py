@@ -55,7 +55,9 @@ def verdict(plan: Mapping[str, Any]) -> str:
         settings = f"micro-batches of {ppo['micro_batch_tokens']:,} tokens, {rows_text(ppo['rollout_rows'])}"
         if not row["fits"]:
             return f"{name} does not fit {budget} as it is set: {need} at the least; {row['remedy']}."
-        return f"{name} fits {budget}: {need}; stage 2 in {settings}, {layers_text(ppo['checkpointed_layers'], plan)}."
+        graphs = f", {ppo['kept_graphs']} graphs kept until all values are known" if ppo["kept_graphs"] > 1 else ""
+        layers = layers_text(ppo["checkpointed_layers"], plan)
+        return f"{name} fits {budget}: {need}; stage 2 in {settings}, {layers}{graphs}."
     fitting = [name for name, row in plan["methods"].items() if row["fits"]]
     if not fitting:
         return f"None of {len(plan['methods'])} methods fits {budget} as it is set. {best_remedy(plan)}".strip()
@@ -94,11 +96,12 @@ def layers_text(layers: int, plan: Mapping[str, Any]) -> str:
 def what_is_planned(plan: Mapping[str, Any]) -> str:
     """Model, adapters, batch and budget, on one or two lines."""
     work = plan["workload"]
+    dtype = plan["dtype"] if plan["dtype_why"] == "as set" else f"{plan['dtype']}, {plan['dtype_why']}"
     packed = "" if plan["quantization"] == "none" else f", {plan['quantization']} base"
     factors = ", ".join(f"{phase} x {by:.2f}" for phase, by in plan["corrections"].items())
     probed = f"; corrected by a probe: {factors}" if factors else ""
     return (
-        f"{plan['model']} ({plan['num_layers']} layers, {plan['dtype']}{packed}), LoRA rank {plan['lora']['rank']} on "
+        f"{plan['model']} ({plan['num_layers']} layers, {dtype}{packed}), LoRA rank {plan['lora']['rank']} on "
         f"{' '.join(plan['lora']['targets'])}; rollouts of {work['num_sequences']} x ({work['prompt_tokens']} + "
         f"{work['response_tokens']}) tokens, minibatches of {work['minibatch_size']}; "
         f"{in_unit(plan, plan['tensor_budget'])} {unit_of(plan)[0]} for tensors{probed}"

@@ -45,6 +45,8 @@ class Outputs:
 
 KnownShapes = dict[Any, Outputs | None]
 """Outputs by operation and arguments; None where they have to be found each time."""
+KNOWN: KnownShapes = {}
+"""What this process has found: it depends on operations, shapes and dtypes alone, so all models share it."""
 
 
 class MetaBytes(TorchDispatchMode):
@@ -86,6 +88,11 @@ class MetaBytes(TorchDispatchMode):
                 news = True
         if news:
             self.moments.append(self.live)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would keep its compiler off at every single operation, though nothing is compiled here."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Make the outputs as they are known to be for such arguments, or run the operation and learn it."""

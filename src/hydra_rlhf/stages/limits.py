@@ -8,7 +8,7 @@ import ctypes
 import gc
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ OUT_OF_MEMORY = (
 
 Rows = TypeVar("Rows", bound=Sized)
 Result = TypeVar("Result")
+Seen = TypeVar("Seen")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,6 +42,8 @@ class StageLimits:
     """Padded tokens per forward."""
     rollout_rows: int | None = None
     """Responses decoded together; None = the whole batch."""
+    kept_graphs: int = 1
+    """Micro-batches of a joined pass whose graphs wait for the values of all rows."""
     num_retries: int = 0
     """Times memory ran out and a limit was halved."""
 
@@ -60,6 +63,7 @@ class StageLimits:
             self,
             micro_batch_tokens=min(self.micro_batch_tokens, other.micro_batch_tokens),
             rollout_rows=min(rows, default=None),
+            kept_graphs=min(self.kept_graphs, other.kept_graphs),
         )
 
     def halve_micro_batch(self, num_items: int, num_tokens: int, reason: str) -> None:
@@ -74,6 +78,11 @@ class StageLimits:
                 f"data.max_prompt_tokens, data.max_response_tokens or ppo.sampling.max_response_tokens ({reason})"
             )
         self.micro_batch_tokens = num_tokens // 2  # not of the limit, which no batch may have come near
+        self.num_retries += 1
+
+    def keep_fewer_graphs(self, num_kept: int) -> None:
+        """Let half as many graphs wait as the `num_kept` that failed; there were at least two."""
+        self.kept_graphs = num_kept // 2
         self.num_retries += 1
 
     def halve_rollout_rows(self, num_rows: int, reason: str) -> None:
@@ -122,6 +131,71 @@ def map_micro_batches(
         gc.collect()
         release()
         limits.halve_micro_batch(*failure)
+
+
+def learn_after_looking(
+    limits: StageLimits,
+    cut: Callable[[int], Iterable[tuple[Rows, TokenBatch]]],
+    look: Callable[[Rows, TokenBatch], Seen],
+    between: Callable[[], None],
+    learn: Callable[[Rows, TokenBatch, Seen], Result],
+    *,
+    forget: Callable[[], None],
+) -> list[Result]:
+    """`look` at every micro-batch, `between`, then `learn` from each and from what was seen in it, the last one first.
+
+    The last `limits.kept_graphs` of them are looked at with gradients enabled and learned from as they were seen. The
+    others are looked at once more when they are learned from, so that no more graphs than these exist at once. Where
+    memory runs out fewer graphs wait, then micro-batches are halved, and all is done again; `forget` drops gradients.
+    """
+    while True:
+        parts = list(cut(limits.micro_batch_tokens))
+        done = look_then_learn(parts, limits.kept_graphs, look, between, learn)
+        if isinstance(done, list):
+            return done
+        forget()
+        gc.collect()
+        release()
+        (rows, micro_batch), reason = done
+        num_kept = min(limits.kept_graphs, len(parts))
+        if num_kept > 1:
+            limits.keep_fewer_graphs(num_kept)
+        else:
+            limits.halve_micro_batch(len(rows), micro_batch.tokens.numel(), reason)
+
+
+def look_then_learn(
+    parts: Sequence[tuple[Rows, TokenBatch]],
+    num_kept: int,
+    look: Callable[[Rows, TokenBatch], Seen],
+    between: Callable[[], None],
+    learn: Callable[[Rows, TokenBatch, Seen], Result],
+) -> list[Result] | tuple[tuple[Rows, TokenBatch], str]:
+    """The work of `learn_after_looking`; or the micro-batch that memory ran out on, and what the allocator said."""
+    kept: list[Seen] = []
+    results: list[Result] = []
+    for number, part in enumerate(parts):
+        keeps = number >= len(parts) - num_kept
+        with torch.set_grad_enabled(keeps):
+            seen = attempt(look, *part)
+        if isinstance(seen, MemoryFailure):
+            kept.clear()  # whoever holds the error may hold this frame
+            return part, seen.reason
+        if keeps:
+            kept.append(seen)
+        del seen
+    between()
+
+    def learn_from(rows: Rows, micro_batch: TokenBatch) -> Result:
+        return learn(rows, micro_batch, kept.pop() if kept else look(rows, micro_batch))
+
+    for part in reversed(parts):
+        result = attempt(learn_from, *part)
+        if isinstance(result, MemoryFailure):
+            kept.clear()
+            return part, result.reason
+        results.append(result)
+    return results
 
 
 def finish_rows(limits: StageLimits, num_rows: int, work: Callable[[int], None]) -> None:

@@ -3,7 +3,7 @@
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from hydra_rlhf.config_checks import parse_bytes
 from hydra_rlhf.data.formats import ChatFormat, chat_format
 from hydra_rlhf.data.scratch_tokenizer import scratch_tokenizer
 from hydra_rlhf.errors import ConfigError, OutOfMemoryError
+from hydra_rlhf.model.device import SCRATCH, with_dtype
 from hydra_rlhf.model.export import STAGE1_ADAPTER, load_peft_adapter, save_stage1
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.load import load_tokenizer, load_trunk, scratch_trunk
@@ -21,7 +22,7 @@ from hydra_rlhf.model.lora import check_rank, find_linears
 from hydra_rlhf.model.roles import STAGE1_TABLES, RoleTable, method_table, stage1_models
 from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.runtime.randomness import seed_for
-from hydra_rlhf.runtime.run import Run
+from hydra_rlhf.runtime.run import Run, is_run_folder, read_recipe
 from hydra_rlhf.stages import hydra_sft, reward_model, sft
 from hydra_rlhf.stages.datasets import Datasets, RawData, load_raw, tokenize
 from hydra_rlhf.stages.examples import Example
@@ -37,7 +38,6 @@ from hydra_rlhf.stages.session import Session
 from hydra_rlhf.stages.settle import settle_ppo, settle_stage1
 from hydra_rlhf.stages.supervised import Loss, train_supervised
 
-SCRATCH = "scratch:"
 UNCUT = (
     "memory ran out where work cannot be cut into smaller parts, loading a model or in an optimizer's step ({}); free "
     "memory and go on with --resume, or begin anew with a smaller lora.rank, ppo.optimizer=adamw-8bit, "
@@ -71,6 +71,7 @@ def run_recipe(
 
     Settings and data are checked before the run folder is made or any weight is loaded.
     """
+    recipe = with_settled_dtype(recipe)
     check_start(recipe)
     needed = stage1_models(method_table(recipe))
     if until in STAGE1_TABLES and until not in needed:
@@ -101,6 +102,16 @@ def run_recipe(
         finally:
             record_costs(run, job.session, time.monotonic() - started)
     return run.folder
+
+
+def with_settled_dtype(recipe: Recipe) -> Recipe:
+    """The recipe with a dtype in place of `auto`: that of its run where there is one, else what suits this machine."""
+    folder, model = Path(recipe.output_dir) / recipe.name, with_dtype(recipe.model)
+    if recipe.model.dtype == "auto" and is_run_folder(folder):
+        begun = read_recipe(folder).model
+        if begun.path == model.path:
+            model = replace(model, dtype=begun.dtype)
+    return replace(recipe, model=model)
 
 
 def run_stages(job: Job, last: int) -> None:

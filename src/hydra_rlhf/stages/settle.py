@@ -57,10 +57,11 @@ def settle(recipe: Recipe, model: HydraModel, stage: str, work: Workload, run: R
     chosen = known[stage]
     model.logit_tile_bytes = parse_bytes(recipe.memory.logit_tile)
     offload = offloads(recipe.memory, model)
-    if chosen["checkpointed_layers"]:
-        model.enable_checkpointing(chosen["checkpointed_layers"], offload=offload)
-    rows = chosen["rollout_rows"] if stage == "ppo" else None
-    return StageLimits(micro_batch_tokens=chosen["micro_batch_tokens"], rollout_rows=rows)
+    cuts = cuts_of(chosen)
+    if cuts.checkpointed_layers:
+        model.enable_checkpointing(cuts.checkpointed_layers, offload=offload)
+    rows = cuts.rollout_rows if stage == "ppo" else None
+    return StageLimits(micro_batch_tokens=cuts.micro_batch_tokens, rollout_rows=rows, kept_graphs=cuts.kept_graphs)
 
 
 def asked_of(recipe: Recipe, stage: str) -> dict[str, Any]:
@@ -117,8 +118,8 @@ def plan_every_method(recipe: Recipe, model: HydraModel, decided: Mapping[str, A
 
 
 def cuts_of(decision: Mapping[str, Any]) -> Cuts:
-    """The settings of a decision that was kept."""
-    return Cuts(**{field.name: decision[field.name] for field in fields(Cuts)})
+    """The settings of a decision that was kept; one that an older version left may lack some that have a default."""
+    return Cuts(**{field.name: decision[field.name] for field in fields(Cuts) if field.name in decision})
 
 
 def refusal(recipe: Recipe, stage: str, decision: Decision) -> str:

@@ -23,9 +23,37 @@ CHANGES = {
         ("given rows forgotten where they do not fit", FIRST_ROWS, FIRST_ROWS.replace("given.rollout_rows or 1", "1")),
         ("rollout left out", 'sum(phases["rollout"].values()) if "rollout" in phases else 0', "0"),
     ],
+    "what is held": [
+        ("rows looked at all the same", "if work.held <= budget else ()", "if True else ()"),
+        ("rows never looked at", "if work.held <= budget else ()", "if False else ()"),
+        ("layers looked at all the same", "    if work.held > budget:\n        return option(high)\n", ""),
+        ("smallest parts planned", "    if work.held > budget:\n        return False\n", ""),
+        ("none recomputed", "return option(high)\n    if option(low)", "return option(low)\n    if option(low)"),
+    ],
+    "most_graphs": [
+        (
+            "all that there are",
+            "        if peak(phases) <= budget:\n            return replace",
+            "        if True:\n            return replace",
+        ),
+        ("just enough is not enough", "        if peak(phases) <= budget:\n", "        if peak(phases) < budget:\n"),
+        ("a rest is no micro-batch", "range(ceil(work.num_sequences / max(", "range(int(work.num_sequences / max("),
+        (
+            "a single sequence forgotten",
+            "max(1, option.cuts.micro_batch_tokens // work.tokens_each)",
+            "max(9, option.cuts.micro_batch_tokens // work.tokens_each)",
+        ),
+        (
+            "phases without graphs",
+            "return replace(option, cuts=cuts, phases=phases)",
+            "return replace(option, cuts=cuts)",
+        ),
+        ("graphs where none wait", "if found is not None and work.keeps_graphs:", "if found is not None:"),
+        ("not among the options", "        options[place] = found\n", "        del place\n"),
+    ],
     "fewest_layers": [
         ("all layers", BISECTION, BISECTION.replace("high = middle", "low = middle")),
-        ("one layer too few", "    return option(high)", "    return option(low)"),
+        ("one layer too few", "low = middle\n    return option(high)", "low = middle\n    return option(low)"),
         ("none is not tried", "    if option(low).peak <= budget:\n", "    if option(low).peak < 0:\n"),
         ("given layers ignored", "if given.checkpointed_layers is not None:", "if False:"),
         ("zero given layers ignored", "if given.checkpointed_layers is not None:", "if given.checkpointed_layers:"),

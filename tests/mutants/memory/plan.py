@@ -1,6 +1,7 @@
 """Mistakes in `memory/plan.py`: {function: [(what went wrong, source, source with the mistake)]}."""
 
-ONCE = "once=num == work.minibatch_size)"
+ONCE = "once=num == work.minibatch_size, "
+WAITING = "min(cuts.kept_graphs, -(-work.minibatch_size // num)) - 1 if len(roles) > 1 else 0"
 LATE = "peak=need.peak - max(need.kept, need.head - need.kept)"
 LOGITS = "max(0.0, need.head - max(need.kept, less)) if need.head >= need.peak else 0.0"
 PAIRS = "sequence * (2 if pairs else 1), work.batch_size) * (2 if pairs else 1)"
@@ -34,8 +35,17 @@ CHANGES = {
             "need = self.simulation.micro_batch(kind, rows, checkpointed=cuts.checkpointed_layers)\n            found",
             "need = self.simulation.micro_batch(kind, rows)\n            found",
         ),
-        ("always one micro-batch", ONCE, "once=True)"),
-        ("never one micro-batch", ONCE, "once=False)"),
+        ("always one micro-batch", ONCE, "once=True, "),
+        ("never one micro-batch", ONCE, "once=False, "),
+        ("graphs wait in any pass", WAITING, WAITING.replace("len(roles) > 1", "roles")),
+        ("no graph waits", WAITING, "0"),
+        ("a graph too many", WAITING, WAITING.replace(" - 1", "")),
+        ("more graphs than micro-batches", WAITING, "cuts.kept_graphs - 1 if len(roles) > 1 else 0"),
+        (
+            "a rest is no micro-batch",
+            WAITING,
+            WAITING.replace("-(-work.minibatch_size // num)", "work.minibatch_size // num"),
+        ),
         ("no state", '            "optimizer": counted.optimizer,\n', ""),
         ("heads left out", "counted.adapters + counted.heads", "counted.adapters"),
     ],
@@ -65,6 +75,16 @@ CHANGES = {
             '[phase(held | {"gradients": gradients}, need), stepping]',
             '[phase(held | {"gradients": gradients}, need)]',
         ),
+        ("all graphs at the end", "(num_waiting - 1) * need.graph", "num_waiting * need.graph"),
+        ("one graph waits", "beside(need, num_waiting * need.graph)", "beside(need, need.graph)"),
+        (
+            "graphs without what heads keep",
+            "beside(need, num_waiting * need.graph)",
+            "beside(need, num_waiting * need.kept)",
+        ),
+        ("no gradients beside the second", 'phase(held | {"gradients": gradients}, second)', "phase(held, second)"),
+        ("graphs wait after the heads", "peak=need.peak + more)", "peak=need.peak)"),
+        ("graphs called logits", "kept=need.kept + more, head", "head"),
         ("nothing gone when gradients are there", LATE, "peak=need.peak"),
         ("heads not gone", LATE, "peak=need.peak - need.kept"),
         ("activations not gone", LATE, "peak=need.peak - need.head + need.kept"),

@@ -33,6 +33,25 @@ CHANGES = {
         ),
         ("failing result kept", "            results.append(result)\n        if", "        if"),
     ],
+    "learn_after_looking": [
+        ("the first graphs wait", "keeps = number >= len(parts) - num_kept", "keeps = number < num_kept"),
+        ("no graph waits", "keeps = number >= len(parts) - num_kept", "keeps = number < 0"),
+        ("always a graph", "with torch.set_grad_enabled(keeps):", "with torch.set_grad_enabled(True):"),
+        (
+            "what is looked at stays",
+            "        if keeps:\n            kept.append(seen)",
+            "        if True:\n            kept.append(seen)",
+        ),
+        ("the last one seen stays", "        del seen\n", ""),
+        ("another one's graph", "kept.pop() if kept", "kept.pop(0) if kept"),
+        ("kept though learned from", "kept.pop() if kept", "kept[-1] if kept"),
+        ("in order", "for part in reversed(parts):", "for part in parts:"),
+        ("learned before all is seen", "    between()\n\n", ""),
+        ("gradients stay", "        forget()\n", ""),
+        ("graphs for ever", "        if num_kept > 1:\n", "        if num_kept > 0:\n"),
+        ("half of the limit", "num_kept = min(limits.kept_graphs, len(parts))", "num_kept = limits.kept_graphs"),
+        ("as many graphs as failed", "self.kept_graphs = num_kept // 2", "self.kept_graphs = num_kept - 1"),
+    ],
     "finish_rows": [
         ("limit ignored", "min(limits.rollout_rows or num_rows, num_rows)", "num_rows"),
         (
