@@ -19,7 +19,7 @@ from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.scoring.kinds import open_sources
 from hydra_rlhf.stages.session import Session
-from hydra_rlhf.stages.settle import recipe_of, settle_ppo, settle_stage1
+from hydra_rlhf.stages.settle import recipe_of, settle_ppo, settle_supervised
 from hydra_rlhf.stages.supervised import train_supervised
 
 Pairs = Rows[PreferencePair] | Sequence[PreferencePair]
@@ -66,7 +66,7 @@ def train_hydra_sft(
         lora=model.lora,
         seed=seed,
         held_out=test_examples,
-        limits=settle_stage1(recipe_of(model, memory, hydra_sft=config), model, "hydra_sft", examples, None),
+        limits=settle_supervised(recipe_of(model, memory, hydra_sft=config), model, "hydra_sft", examples, None),
     )
     model.reset_critic()
     return session.history

@@ -60,6 +60,7 @@ def add_recipe_commands(commands: Any) -> None:
         "reward-model": ("reward_model", "a recipe up to its separate reward model"),
         "hydra-sft": ("hydra_sft", "a recipe up to its joint SFT and reward model"),
         "ppo": ("ppo", "a recipe up to PPO, without evaluation"),
+        "preference": ("preference", "a recipe up to preference training (dpo, simpo), without evaluation"),
     }
     for name, (until, text) in stages.items():
         command = commands.add_parser(name, help=text, description=text, epilog=epilog)

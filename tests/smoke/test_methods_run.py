@@ -123,7 +123,7 @@ def test_every_method_runs_from_data_to_report(method: str, tmp_path: Path) -> N
     assert (folder / "ppo" / "critic").is_dir() == (method != "j-hydra-ppo")
     assert set(load_file(folder / "ppo" / "value_head.safetensors")) == {"weight", "bias"}
     counted = json.loads((folder / "memory.json").read_text())["methods"]
-    assert set(counted) == set(METHODS)
+    assert set(counted) == set(ROLES)
 
 
 def test_the_logged_metrics_are_the_documented_ones(hydra_run: Path, separate_run: Path) -> None:

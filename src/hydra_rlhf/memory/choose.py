@@ -49,6 +49,8 @@ class Work:
     num_sequences: int
     tokens_each: int
     """Of a sequence."""
+    num_decoded: int | None = None
+    """Responses that are to be decoded; None = as many as sequences."""
 
 
 def choose(work: Work, budget: int) -> tuple[Option | None, list[Option]]:
@@ -59,7 +61,7 @@ def choose(work: Work, budget: int) -> tuple[Option | None, list[Option]]:
     """
     given = work.given
     layers = given.checkpointed_layers or 0  # a rollout recomputes nothing; what is asked for here is needed anyway
-    groups = row_groups(work.num_sequences, given.rollout_rows)
+    groups = row_groups(work.num_decoded or work.num_sequences, given.rollout_rows)
     rows = next((rows for rows in groups if rollout_bytes(work.plan, rows, layers) <= budget), given.rollout_rows or 1)
     num_tokens = work.num_sequences * work.tokens_each
     options = [
