@@ -39,7 +39,7 @@ from hydra_rlhf.stages.examples import token_micro_batches
 from hydra_rlhf.stages.finish import base_sizes
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.limits import StageLimits
-from hydra_rlhf.stages.preference import look, preference_loss, train_preferences
+from hydra_rlhf.stages.preference import look, preference_loss, train_preference_stage
 from hydra_rlhf.stages.session import Session
 from hydra_rlhf.stages.supervised import Task, add_gradients, build_optimizer, trained_parameters
 
@@ -86,7 +86,7 @@ def config(**changes: object) -> PreferenceConfig:
 
 def train(session: Session, hydra: HydraModel, method: str, **changes: object) -> None:
     """Stage 2 on the pairs, with looks at held-out ones and at prompts."""
-    train_preferences(
+    train_preference_stage(
         session,
         hydra,
         chat(hydra),
@@ -302,7 +302,7 @@ def test_planned_bytes_are_measured_bytes(method: str, point: tuple[str, int, in
     if checkpointed:
         hydra.enable_checkpointing(checkpointed)
     memory = PhaseMemory(track_tensors=True)
-    train_preferences(
+    train_preference_stage(
         Session(memory=memory),
         hydra,
         chat(hydra),

@@ -48,7 +48,7 @@ def test_a_run_from_data_to_report(method: str, runs: Path) -> None:
     assert list(dict.fromkeys(line["stage"] for line in lines)) == ["sft", "preference", "evaluation"]
     assert OF_PREFERENCE <= keys_of(folder) <= documented_metrics()
     first, *_, last = (line for line in lines if line["stage"] == "preference")
-    assert last["loss/preference"] < first["loss/preference"]
+    assert last["eval/preference_loss"] < first["eval/preference_loss"]
     assert {"eval/gold", "eval/kl", "eval/pair_accuracy"} <= last.keys()
     assert "eval/score" not in last
     assert "adapter_model.safetensors" in {path.name for path in (folder / "preference" / "actor").iterdir()}

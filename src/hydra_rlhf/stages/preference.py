@@ -33,7 +33,7 @@ HELD_OUT_METRICS = {
 """What is kept of the loss and of its metrics on held-out pairs: {metric of a training batch: ours}."""
 
 
-def train_preferences(
+def train_preference_stage(
     session: Session,
     model: HydraModel,
     chat: ChatFormat,

@@ -4,7 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from hydra_rlhf.config import HydraSFTConfig, MemoryConfig, ModelConfig, PPOConfig, Recipe
+from hydra_rlhf.config import (
+    HydraSFTConfig,
+    MemoryConfig,
+    ModelConfig,
+    PPOConfig,
+    PreferenceConfig,
+    Recipe,
+)
 from hydra_rlhf.config_checks import parse_bytes
 from hydra_rlhf.data.formats import TokenizedPrompt
 from hydra_rlhf.errors import ConfigError
@@ -166,18 +173,26 @@ def offloads(memory: MemoryConfig, model: HydraModel) -> bool:
 
 
 def recipe_of(
-    model: HydraModel, memory: MemoryConfig, *, ppo: PPOConfig | None = None, hydra_sft: HydraSFTConfig | None = None
+    model: HydraModel,
+    memory: MemoryConfig,
+    *,
+    method: str = "hydra-ppo",
+    ppo: PPOConfig | None = None,
+    hydra_sft: HydraSFTConfig | None = None,
+    preference: PreferenceConfig | None = None,
 ) -> Recipe:
     """What the plan has to know of a model that is there without a recipe, and of the stage it is to go through."""
     trunk = model.trunk(next(iter(model.trunks)))
     quantization = trunk.quantized.quantization if trunk.quantized is not None else "none"
     dtype = str(trunk.dtype).removeprefix("torch.")
     base: Mapping[str, Any] = {"path": "in-memory", "dtype": dtype, "quantization": quantization}
+    named: Mapping[str, Any] = {"name": "in-memory", "method": method}
     return Recipe(
-        name="in-memory",
+        **named,
         model=ModelConfig(**base),
         lora=model.lora,
         memory=memory,
         ppo=ppo or PPOConfig(),
         hydra_sft=hydra_sft or HydraSFTConfig(),
+        preference=preference or PreferenceConfig(),
     )

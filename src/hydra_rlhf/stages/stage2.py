@@ -9,7 +9,7 @@ from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.job import Job
 from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.preference import STAGE as PREFERENCE
-from hydra_rlhf.stages.preference import train_preferences
+from hydra_rlhf.stages.preference import train_preference_stage
 from hydra_rlhf.stages.settle import settle_ppo, settle_supervised
 
 
@@ -30,7 +30,7 @@ def ppo(job: Job, model: HydraModel, chat: ChatFormat, data: Datasets) -> None:
 
 def preference(job: Job, model: HydraModel, chat: ChatFormat, data: Datasets) -> None:
     """The actor learns from the training pairs."""
-    train_preferences(
+    train_preference_stage(
         job.session,
         model,
         chat,
