@@ -126,7 +126,10 @@ def test_commands_on_a_run_without_a_reward_head(
 def test_plan_bench_and_stages_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_recipe(tmp_path / "dpo.yaml", output_dir=str(tmp_path), method="dpo", **PREFERENCE)
     assert exit_code("plan", str(file), "--budget", "2GiB", "--method", "dpo", "--method", "simpo") == 0
-    assert "Of 2 methods 2 fit 2 GiB: dpo, simpo." in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Of 2 methods 2 fit 2 GiB: dpo, simpo." in said
+    assert "pairs of 2 x (32 + 16) tokens" in said
+    assert "rollouts of" not in said
     assert exit_code("plan", str(file), "--probe", "--method", "dpo") == 2
     assert "--probe runs one PPO step" in capsys.readouterr().err
     assert exit_code("bench", "--method", "dpo", "--shape", "scratch:tiny") == 2

@@ -97,10 +97,16 @@ def what_is_planned(plan: Mapping[str, Any]) -> str:
     packed = "" if plan["quantization"] == "none" else f", {plan['quantization']} base"
     factors = ", ".join(f"{phase} x {by:.2f}" for phase, by in plan["corrections"].items())
     probed = f"; corrected by a probe: {factors}" if factors else ""
+    prompt = work["prompt_tokens"]
+    texts = {
+        "ppo": f"rollouts of {work['num_sequences']} x ({prompt} + {work['response_tokens']}) tokens, minibatches of "
+        f"{work['minibatch_size']}; ",
+        "preference": f"pairs of 2 x ({prompt} + {work['data_response_tokens']}) tokens; ",
+    }
+    kinds = [row["stage2"] for row in plan["methods"].values()]
     return (
         f"{plan['model']} ({plan['num_layers']} layers, {plan['dtype']}{packed}), LoRA rank {plan['lora']['rank']} on "
-        f"{' '.join(plan['lora']['targets'])}; rollouts of {work['num_sequences']} x ({work['prompt_tokens']} + "
-        f"{work['response_tokens']}) tokens, minibatches of {work['minibatch_size']}; "
+        f"{' '.join(plan['lora']['targets'])}; {''.join(text for kind, text in texts.items() if kind in kinds)}"
         f"{in_unit(plan, plan['tensor_budget'])} {unit_of(plan)[0]} for tensors{probed}"
     )
 
