@@ -110,7 +110,8 @@ def with_ppo(methods: Sequence[str], *, all_named: bool) -> tuple[str, ...]:
     """The methods that have PPO steps to be timed. Raises `ConfigError` where one that was named has none."""
     from hydra_rlhf.model.roles import methods_with
 
-    without = [method for method in methods if method not in methods_with("ppo")]
+    timed = methods_with("ppo")
+    without = [method for method in methods if method not in timed]
     if without and all_named:
         raise ConfigError(
             f"--method {without[0]}: a benchmark is of PPO steps, and this method has none; leave it out "
