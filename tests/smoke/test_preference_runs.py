@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from test_code_shape import documented_metrics
 
 from hydra_rlhf.model.roles import methods_with
-from hydra_rlhf.reporting.collect import read_run
 from hydra_rlhf.reporting.render import render_report
 from hydra_rlhf.stages.pipeline import run_recipe
 from smoke.test_methods_run import OF_PREFERENCE
@@ -37,7 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run of each method, and of hydra-ppo."""
     folder = tmp_path_factory.mktemp("preference")
     for method in (*methods_with("preference"), "hydra-ppo"):
-        run(folder, name=method, method=method, memory__track_tensors=method == "dpo")
+        run(folder, name=method, method=method)
     return folder
 
 
@@ -66,14 +65,6 @@ def test_a_run_from_data_to_report(method: str, runs: Path) -> None:
     assert "Stage 2: PPO" not in page
     assert "PPO steps" not in page
     assert "Score win rate" not in page
-
-
-def test_the_plan_is_what_was_measured(runs: Path) -> None:
-    record = read_run(runs / "dpo")
-    planned = sum(record.plan["dpo"]["preference"].values())
-    measured = record.measured_bytes("preference")
-    assert measured is not None
-    assert abs(planned / measured - 1) < 0.10
 
 
 def test_resume_repeats_a_run_that_was_cut_off(runs: Path, tmp_path: Path) -> None:
