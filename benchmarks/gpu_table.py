@@ -27,7 +27,7 @@ from hydra_rlhf.config import Recipe
 from hydra_rlhf.config_checks import parse_bytes
 from hydra_rlhf.memory.budget import PROCESS_BYTES
 from hydra_rlhf.model.load import pick_device
-from hydra_rlhf.model.roles import ROLES
+from hydra_rlhf.model.roles import methods_with
 
 CURVE_METHODS = ("lora-ppo", "hydra-ppo")
 Rows = Iterator[tuple[Bench, dict[str, Any]]]
@@ -52,7 +52,7 @@ def bench_of(args: argparse.Namespace, **changes: Any) -> Bench:
 def methods(args: argparse.Namespace) -> Rows:
     """The five methods at an equal batch; what does not fit the device is planned only."""
     bench = bench_of(args)
-    for row in equal_batch(bench, args.method or tuple(ROLES)):
+    for row in equal_batch(bench, args.method or methods_with("ppo")):
         yield bench, row
 
 
@@ -95,7 +95,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to renew parts of")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given more than once")
-    parser.add_argument("--method", choices=ROLES, action="append", help="only this method; others' rows stay")
+    parser.add_argument(
+        "--method", choices=methods_with("ppo"), action="append", help="only this method; others' rows stay"
+    )
     parser.add_argument("--shape", default="llama-7b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")

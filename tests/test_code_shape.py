@@ -50,7 +50,7 @@ LOOP_FILES = {"stages/supervised.py", "stages/ppo.py"}
 METRIC_PREFIXES = "loss|score|reward|kl|ppo|response|optim|train|eval|rollout|update|time|memory"
 # NAME stands for the name of a reward source: `reward/NAME_mean`.
 METRIC = re.compile(rf"({METRIC_PREFIXES})/(NAME_)?[a-z0-9_]+")
-METHODS = {"ppo", "lora-ppo", "d-lora-ppo", "j-hydra-ppo", "hydra-ppo"}
+METHODS = {"ppo", "lora-ppo", "d-lora-ppo", "j-hydra-ppo", "hydra-ppo", "dpo", "simpo"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "managers", "base", "misc"}
 
 AnyFunction = ast.FunctionDef | ast.AsyncFunctionDef

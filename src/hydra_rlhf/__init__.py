@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hydra_rlhf.api import save_model, train_hydra_sft, train_ppo
+    from hydra_rlhf.api import save_model, train_hydra_sft, train_ppo, train_preferences
     from hydra_rlhf.config import (
         DataConfig,
         EvaluationConfig,
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         LoraConfig,
         ModelConfig,
         PPOConfig,
+        PreferenceConfig,
         Recipe,
         RewardConfig,
         SamplingConfig,
@@ -41,6 +42,7 @@ _HOME = {
     "LoraConfig": "config",
     "ModelConfig": "config",
     "PPOConfig": "config",
+    "PreferenceConfig": "config",
     "PreferencePair": "data.sources",
     "Prompt": "data.sources",
     "ROLES": "model.roles",
@@ -58,6 +60,7 @@ _HOME = {
     "save_model": "api",
     "train_hydra_sft": "api",
     "train_ppo": "api",
+    "train_preferences": "api",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of _HOME
@@ -69,6 +72,7 @@ __all__ = [  # noqa: RUF022 - in the order of _HOME
     "LoraConfig",
     "ModelConfig",
     "PPOConfig",
+    "PreferenceConfig",
     "PreferencePair",
     "Prompt",
     "ROLES",
@@ -86,6 +90,7 @@ __all__ = [  # noqa: RUF022 - in the order of _HOME
     "save_model",
     "train_hydra_sft",
     "train_ppo",
+    "train_preferences",
 ]
 
 

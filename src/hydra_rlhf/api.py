@@ -1,25 +1,27 @@
-"""The Python functions: the two stages on a model in memory, without a recipe or a run folder."""
+"""The Python functions: the stages on a model in memory, without a recipe or a run folder."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra_rlhf.config import DataConfig, HydraSFTConfig, MemoryConfig, PPOConfig
+from hydra_rlhf.config import DataConfig, HydraSFTConfig, MemoryConfig, PPOConfig, PreferenceConfig
 from hydra_rlhf.data.formats import ChatFormat, chat_format
 from hydra_rlhf.data.sources import PreferencePair, Prompt, PromptValue, Rows
 from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.model.export import save_stage1
 from hydra_rlhf.model.hydra import HydraModel
+from hydra_rlhf.model.roles import methods_with
 from hydra_rlhf.runtime.measure import PhaseMemory
 from hydra_rlhf.stages import hydra_sft
 from hydra_rlhf.stages.finish import save_policy
 from hydra_rlhf.stages.fits_model import check_examples, check_prompts
 from hydra_rlhf.stages.held_out import HeldOut
 from hydra_rlhf.stages.ppo import train_ppo_stage
+from hydra_rlhf.stages.preference import STAGE, train_preference_stage
 from hydra_rlhf.stages.reward_fn import RewardFunction
 from hydra_rlhf.stages.scoring.kinds import open_sources
 from hydra_rlhf.stages.session import Session
-from hydra_rlhf.stages.settle import recipe_of, settle_ppo, settle_stage1
+from hydra_rlhf.stages.settle import recipe_of, settle_ppo, settle_supervised
 from hydra_rlhf.stages.supervised import train_supervised
 
 Pairs = Rows[PreferencePair] | Sequence[PreferencePair]
@@ -66,7 +68,7 @@ def train_hydra_sft(
         lora=model.lora,
         seed=seed,
         held_out=test_examples,
-        limits=settle_stage1(recipe_of(model, memory, hydra_sft=config), model, "hydra_sft", examples, None),
+        limits=settle_supervised(recipe_of(model, memory, hydra_sft=config), model, "hydra_sft", examples, None),
     )
     model.reset_critic()
     return session.history
@@ -115,6 +117,51 @@ def train_ppo(
             held_out=HeldOut(prompts=seen, reward_fn=sources) if seen else None,
             limits=settle_ppo(recipe_of(model, memory, ppo=config), model, tokenized, None),
         )
+    return session.history
+
+
+def train_preferences(
+    model: HydraModel,
+    pairs: Pairs,
+    config: PreferenceConfig | None = None,
+    *,
+    method: str = "dpo",
+    held_out: Pairs = (),
+    data: DataConfig | None = None,
+    memory: MemoryConfig | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Stage 2 from pairs in place, on a model built with `method` dpo or simpo: its actor's LoRA set learns.
+
+    Returns one dict of metrics per optimizer step, with looks at the pairs of `held_out`. Raises `ConfigError` for
+    another method, and for a model with a critic.
+    """
+    known = methods_with(STAGE)
+    if method not in known or "critic" in model.table:
+        raise ConfigError(
+            f"train_preferences needs method={' or '.join(known)}, here and in HydraModel.from_pretrained"
+        )
+    config = config or PreferenceConfig()
+    rows = list(pairs.rows if isinstance(pairs, Rows) else pairs)
+    chat = chat_for(model, [Prompt(row.prompt) for row in rows], data)
+    examples, _ = chat.tokenize_pairs(rows)
+    test_examples, _ = chat.tokenize_pairs(list(held_out.rows if isinstance(held_out, Rows) else held_out))
+    check_examples(model, [*examples, *test_examples])
+    memory = memory or MemoryConfig()
+    session = Session(memory=PhaseMemory(track_tensors=memory.track_tensors))
+    recipe = recipe_of(model, memory, method=method, preference=config)
+    train_preference_stage(
+        session,
+        model,
+        chat,
+        examples,
+        config,
+        method=method,
+        ppo=recipe.ppo,
+        seed=seed,
+        held_out_pairs=test_examples,
+        limits=settle_supervised(recipe, model, STAGE, examples, None),
+    )
     return session.history
 
 

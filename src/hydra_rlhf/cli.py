@@ -73,6 +73,10 @@ def add_recipe_commands(commands: Any) -> None:
         "reward-model": ("reward_model", "run a recipe's stages up to its separate reward model"),
         "hydra-sft": ("hydra_sft", "run a recipe's stages up to its joint SFT and reward model"),
         "ppo": ("ppo", "run a recipe's stages up to PPO, without evaluation"),
+        "preference": (
+            "preference",
+            "run a recipe's stages up to preference training (dpo, simpo), without evaluation",
+        ),
     }
     for name, (until, text) in stages.items():
         command = commands.add_parser(name, help=text, description=text, epilog=epilog)

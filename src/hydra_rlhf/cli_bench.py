@@ -33,7 +33,7 @@ def add_bench_command(
     model = command.add_mutually_exclusive_group()
     model.add_argument("--model", help="model folder or hub name")
     model.add_argument("--shape", help="random weights of a known shape, e.g. smollm2-135m (default), llama-7b")
-    command.add_argument("--method", action="append", help="this method only (repeatable; default: all five)")
+    command.add_argument("--method", action="append", help="this method only (repeatable; default: all with PPO)")
     command.add_argument("--batch", type=positive, default=16, help="sequences per PPO step (default: 16)")
     command.add_argument("--prompt-tokens", type=positive, default=64, help="of each prompt; the most, with --prompts")
     command.add_argument("--response-tokens", type=positive, default=64, help="of each response, no fewer and no more")
@@ -82,7 +82,7 @@ def bench(
 ) -> None:
     """Measure, then print, write and draw."""
     check_words(args)
-    methods = methods_named(args.method)
+    methods = with_ppo(methods_named(args.method), all_named=args.method is not None)
 
     from hydra_rlhf.config import Recipe
 
@@ -104,6 +104,20 @@ def bench(
             Path(args.json).write_text(text, encoding="utf-8")
     if args.picture is not None:
         save_picture(found, args.picture)
+
+
+def with_ppo(methods: Sequence[str], *, all_named: bool) -> tuple[str, ...]:
+    """The methods that have PPO steps to be timed. Raises `ConfigError` where one that was named has none."""
+    from hydra_rlhf.model.roles import methods_with
+
+    timed = methods_with("ppo")
+    without = [method for method in methods if method not in timed]
+    if without and all_named:
+        raise ConfigError(
+            f"--method {without[0]}: a benchmark is of PPO steps, and this method has none; leave it out "
+            f"(`hydra-rlhf plan --method {without[0]}` says what it needs)"
+        )
+    return tuple(method for method in methods if method not in without)
 
 
 def check_words(args: argparse.Namespace) -> None:

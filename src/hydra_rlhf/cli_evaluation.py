@@ -8,7 +8,7 @@ from typing import Any
 JUDGES = """\
 A judge (--judge SPEC, repeatable) is one of
   gold                    the built-in world's true score (data.train=world only)
-  reward-head             the run's own reward head (of `compare`: the first run's)
+  reward-head             the run's own reward head (of `compare`: the first run's); dpo and simpo have none
   reward-head:RUN         another run's, with that run's tokenizer and template
   classifier:PATH         a sequence classifier of transformers with its own tokenizer: folder or hub name, safetensors
                           only. Options: join=template|pair|text (how prompt and response become one input; default:
@@ -92,7 +92,7 @@ def add_judge_options(command: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=None,
         metavar="N",
-        help="a further player: the best of N samples of the start, picked by the (first) run's reward head",
+        help="a further player: the best of N samples of the start, by the reward head of the first run with one",
     )
     command.add_argument(
         "--rouge", action="store_true", help="ROUGE against the chosen responses (needs the `eval` extra)"

@@ -11,9 +11,11 @@ from hydra_rlhf.config_checks import STRICT, Bytes, BytesOrAuto, Count, Positive
 from hydra_rlhf.config_stages import HydraSFTConfig as HydraSFTConfig
 from hydra_rlhf.config_stages import OptimizerConfig as OptimizerConfig
 from hydra_rlhf.config_stages import PPOConfig as PPOConfig
+from hydra_rlhf.config_stages import PreferenceConfig as PreferenceConfig
 from hydra_rlhf.config_stages import RewardConfig as RewardConfig
 from hydra_rlhf.config_stages import SamplingConfig as SamplingConfig
 from hydra_rlhf.config_stages import SupervisedConfig as SupervisedConfig
+from hydra_rlhf.config_stages import SupervisedLoopConfig as SupervisedLoopConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -150,8 +152,8 @@ class Recipe:
     """Name of the run folder inside `output_dir`."""
     output_dir: str = "runs"
     """Folder that holds run folders."""
-    method: Literal["ppo", "lora-ppo", "d-lora-ppo", "j-hydra-ppo", "hydra-ppo"] = "hydra-ppo"
-    """Which table of roles: ppo, lora-ppo, d-lora-ppo, j-hydra-ppo or hydra-ppo."""
+    method: Literal["ppo", "lora-ppo", "d-lora-ppo", "j-hydra-ppo", "hydra-ppo", "dpo", "simpo"] = "hydra-ppo"
+    """Which table of roles: ppo, lora-ppo, d-lora-ppo, j-hydra-ppo, hydra-ppo, dpo or simpo."""
     seed: Count = 0
     """Seed of every random stream of the run."""
     data: DataConfig = DataConfig()
@@ -163,13 +165,15 @@ class Recipe:
     start: StartConfig = StartConfig()
     """Finished stage-1 models to start from."""
     sft: SupervisedConfig = SupervisedConfig()
-    """Stage 1 of methods with a separate reward model: the SFT model."""
+    """Stage 1 of methods without a joint reward model: the SFT model."""
     reward_model: SupervisedConfig = SupervisedConfig()
     """Stage 1 of methods with a separate reward model: the reward model, started from the SFT model."""
     hydra_sft: HydraSFTConfig = HydraSFTConfig()
     """Stage 1 of the hydra methods: one model with two heads."""
     ppo: PPOConfig = PPOConfig()
-    """Stage 2."""
+    """Stage 2 of the PPO methods; how responses are drawn and scored, of every method."""
+    preference: PreferenceConfig = PreferenceConfig()
+    """Stage 2 of dpo and simpo."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """The evaluation at the end."""
     memory: MemoryConfig = MemoryConfig()

@@ -27,15 +27,11 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class SupervisedConfig(OptimizerConfig):
-    """One supervised stage: SFT or reward model."""
+class SupervisedLoopConfig(OptimizerConfig):
+    """What all supervised stages say about their passes over the data."""
 
-    tuning: Literal["full", "lora"] = "full"
-    """Train all weights, or one LoRA set that is merged into a new base when the stage ends."""
     num_epochs: Positive = 1.0
     """Passes over the training pairs; fractions are allowed."""
-    learning_rate: Positive | None = None
-    """Peak learning rate; default 1e-5 for `full`, 2e-4 for `lora`."""
     batch_size: PositiveInt = 32
     """Pairs (or demonstrations) per optimizer step."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -49,11 +45,39 @@ class SupervisedConfig(OptimizerConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class SupervisedConfig(SupervisedLoopConfig):
+    """One stage-1 model: SFT or reward model."""
+
+    tuning: Literal["full", "lora"] = "full"
+    """Train all weights, or one LoRA set that is merged into a new base when the stage ends."""
+    learning_rate: Positive | None = None
+    """Peak learning rate; default 1e-5 for `full`, 2e-4 for `lora`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class HydraSFTConfig(SupervisedConfig):
     """Joint SFT and reward training: loss = cross entropy + reward_loss_coef * ranking loss."""
 
     reward_loss_coef: NonNegative = 0.1
     """Weight of the ranking loss (the paper's gamma)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class PreferenceConfig(SupervisedLoopConfig):
+    """Preference training: the actor's LoRA set learns from the training pairs themselves."""
+
+    learning_rate: Positive = 5e-5
+    """Peak learning rate of the actor's LoRA set."""
+    dpo_beta: Positive = 0.1
+    """Of dpo: reward per nat of log-ratio between actor and reference; small = far from the reference (its beta)."""
+    simpo_beta: Positive = 2.0
+    """Of simpo: reward per nat of mean log-prob of a response's tokens (its beta)."""
+    simpo_gamma: NonNegative = 1.0
+    """Of simpo: the reward by which chosen should be ahead of rejected (its gamma); about half of simpo_beta."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the pairs whose sides are taken to be the wrong way round (conservative DPO); 0 = trust the labels."""
+    num_eval_prompts: PositiveInt = 64
+    """Held-out prompts that the actor answers at each evaluation during training, as `ppo.sampling` says."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -113,6 +113,11 @@ class Rollout:
     """What each source (`head`, `reward_fn`, those of the recipe) says by itself, {name: [b]}; NaN where it failed."""
 
     @property
+    def is_scored(self) -> bool:
+        """Whether there is anything that scores; else `scores` are zeros that mean nothing."""
+        return bool(self.source_scores)
+
+    @property
     def learn_mask(self) -> Bool[Tensor, "b r"]:
         """True at response tokens that are learned from: those that count, of valid rows."""
         return self.batch.response_mask & self.valid[:, None]

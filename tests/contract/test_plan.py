@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from contract.tiny import chat, tokenizer
+from contract.tiny import METHODS, chat, tokenizer
 from hydra_rlhf.config import LoraConfig, ModelConfig, PPOConfig, SamplingConfig
 from hydra_rlhf.data.formats import TokenizedPrompt
 from hydra_rlhf.memory.measure import count_tensor_bytes
@@ -97,7 +97,7 @@ def draw_points() -> list[Point]:
         points.append(
             Point(
                 family=family,
-                method=list(ROLES)[i % len(ROLES)],
+                method=METHODS[i % len(METHODS)],
                 dtype=rng.choice(["float32", "bfloat16"]),
                 lora_dtype=rng.choice(["float32", "bfloat16"]),
                 rank=rng.choice([4, 16]),

@@ -73,7 +73,7 @@ def test_settings_that_the_world_would_ignore_are_refused():
 
 
 def test_a_stage_that_the_method_has_not_is_refused():
-    with pytest.raises(ConfigError, match="method=hydra-ppo has no stage sft; before PPO it has hydra_sft"):
+    with pytest.raises(ConfigError, match="method=hydra-ppo has no stage sft; it has hydra_sft, ppo, evaluation"):
         run_recipe(Recipe(name="x", method="hydra-ppo"), until="sft")
 
 

@@ -21,7 +21,7 @@ from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt, chat_format
 from hydra_rlhf.data.scratch_tokenizer import scratch_tokenizer
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.load import attention_implementation, to_dtype, without_dropout
-from hydra_rlhf.model.roles import ROLES, trunks
+from hydra_rlhf.model.roles import ROLES, methods_with, trunks
 from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.records import TokenBatch
 
@@ -56,7 +56,7 @@ CONFIGS = {
     "mistral": MistralConfig(**LLAMA_LIKE, head_dim=8, sliding_window=6, tie_word_embeddings=False),
 }
 FAMILIES = list(CONFIGS)
-METHODS = list(ROLES)
+METHODS = list(methods_with("ppo"))
 LORA = LoraConfig(rank=2, alpha=4.0)
 
 

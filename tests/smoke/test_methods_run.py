@@ -21,6 +21,7 @@ from hydra_rlhf.reporting.render import render_report
 from hydra_rlhf.stages.pipeline import run_recipe
 from smoke.tiny_runs import keys_of, metric_lines, recipe
 
+OF_PREFERENCE = {"loss/preference", "train/chosen_logprob", "train/rejected_logprob", "eval/preference_loss"}
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -123,14 +124,14 @@ def test_every_method_runs_from_data_to_report(method: str, tmp_path: Path) -> N
     assert (folder / "ppo" / "critic").is_dir() == (method != "j-hydra-ppo")
     assert set(load_file(folder / "ppo" / "value_head.safetensors")) == {"weight", "bias"}
     counted = json.loads((folder / "memory.json").read_text())["methods"]
-    assert set(counted) == set(METHODS)
+    assert set(counted) == set(ROLES)
 
 
 def test_the_logged_metrics_are_the_documented_ones(hydra_run: Path, separate_run: Path) -> None:
     """Every run of this file logs documented keys only (see `run`); these two log all of them but CUDA's, that of a
-    single pass, which their two epochs have not (`tests/contract/test_one_pass.py` has it), and that of groups
-    (`test_estimators_run.py`)."""
-    elsewhere = {"rollout/logprob_gap", "score/flat_group_frac"}
+    single pass, which their two epochs have not (`tests/contract/test_one_pass.py` has it), that of groups
+    (`test_estimators_run.py`) and those of preference training (`test_preference_runs.py`)."""
+    elsewhere = {"rollout/logprob_gap", "score/flat_group_frac", *OF_PREFERENCE}
     documented = {key for key in documented_metrics() if not key.startswith("memory/cuda_")} - elsewhere
     assert keys_of(hydra_run) | keys_of(separate_run) == documented
     assert {line["stage"] for folder in (hydra_run, separate_run) for line in metric_lines(folder)} == {

@@ -10,11 +10,13 @@ from hydra_rlhf import (
     HydraModel,
     HydraSFTConfig,
     PPOConfig,
+    PreferenceConfig,
     PreferencePair,
     SamplingConfig,
     save_model,
     train_hydra_sft,
     train_ppo,
+    train_preferences,
 )
 from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.model.roles import HYDRA_PPO, without_roles
@@ -103,6 +105,24 @@ def test_a_reward_function_alone_needs_no_reward_role_and_the_value_head_starts_
     history = train_ppo(model, ["the cat", "a dog"], PPO, reward_fn=longest)
     assert set(seen) == {"the cat", "a dog"}
     assert history[0]["score/mean"] > 0
+
+
+@pytest.mark.parametrize("method", ["dpo", "simpo"])
+def test_preference_training_in_memory(method: str):
+    model = tiny_hydra(method)
+    frozen = {name: p.clone() for name, p in model.trunk("sft").base_parameters().items()}
+    config = PreferenceConfig(num_epochs=4, batch_size=3, learning_rate=2e-2, eval_every=4)
+    history = train_preferences(model, PAIRS, config, method=method, held_out=PAIRS[:2])
+    assert len(history) == 8
+    assert history[-1]["loss/preference"] < history[0]["loss/preference"]
+    assert history[-1]["eval/pair_accuracy"] == 1
+    assert all(torch.equal(p, frozen[name]) for name, p in model.trunk("sft").base_parameters().items())
+
+
+def test_preference_training_is_for_models_made_for_it():
+    for model, method in ((tiny_hydra("hydra-ppo"), "dpo"), (tiny_hydra("dpo"), "hydra-ppo")):
+        with pytest.raises(ConfigError, match="needs method=dpo or simpo"):
+            train_preferences(model, PAIRS, method=method)
 
 
 def test_separate_models_are_trained_by_a_recipe():

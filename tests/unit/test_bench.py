@@ -12,7 +12,7 @@ from hydra_rlhf.config import DataConfig, MemoryConfig, ModelConfig, Recipe, Run
 from hydra_rlhf.config_stages import PPOConfig, SamplingConfig
 from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.model.lora import find_linears
-from hydra_rlhf.model.roles import ROLES
+from hydra_rlhf.model.roles import methods_with
 from hydra_rlhf.model.shapes import find_config, meta_trunk
 
 
@@ -122,11 +122,11 @@ def test_batches_are_whole_groups():
 
 def test_the_shared_budget_is_what_the_neediest_method_takes():
     one = bench.Bench(recipe(), watch=False, max_batch=4)
-    needs = {m: bench.decide(one, bench.recipe_for(one.recipe, m), one.budget).chosen.peak for m in ROLES}
-    assert bench.shared_budget(one, list(ROLES)) == needs["ppo"] == max(needs.values())
+    needs = {m: bench.decide(one, bench.recipe_for(one.recipe, m), one.budget).chosen.peak for m in methods_with("ppo")}
+    assert bench.shared_budget(one, methods_with("ppo")) == needs["ppo"] == max(needs.values())
     assert bench.shared_budget(one, ["hydra-ppo"]) == needs["hydra-ppo"]
     named = bench.Bench(recipe("1GiB"), watch=False, max_batch=4)
-    assert bench.shared_budget(named, list(ROLES)) == named.budget == 2**30 - 448 * 2**20
+    assert bench.shared_budget(named, methods_with("ppo")) == named.budget == 2**30 - 448 * 2**20
 
 
 @pytest.mark.parametrize("wrong", [{"minibatch_size": 2}, {"samples_per_prompt": 2, "minibatch_size": 4}])

@@ -77,6 +77,13 @@ def test_rows_are_halved_until_they_fit():
     assert settle(99, tokens_each=1)[0] is None
 
 
+def test_fewer_responses_may_be_decoded_than_sequences_are_learned_from():
+    found, options = choose.choose(replace(work(tokens_each=1), num_decoded=3), 300)
+    assert found is not None
+    assert {option.cuts.rollout_rows for option in options} == {3}
+    assert [option.cuts.micro_batch_tokens for option in options] == [8, 4, 2, 1]
+
+
 def test_uneven_batches_are_cut_into_even_groups():
     assert list(choose.row_groups(6, None)) == [6, 3, 2, 1]
     assert list(choose.row_groups(1, None)) == [1]

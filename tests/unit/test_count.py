@@ -32,6 +32,9 @@ EXPECTED = {
     # One set and one pass for both: 2 x (10 + 1), 8 x (10 + 1).
     "j-hydra-ppo": (1000, 17, 2, 22, 88),
     "hydra-ppo": (1000, 27, 2, 22, 168),
+    # One set, one pass, no scalar head: 2 x 10, 8 x 10.
+    "dpo": (1000, 17, 0, 20, 80),
+    "simpo": (1000, 17, 0, 20, 80),
 }
 
 
@@ -57,6 +60,8 @@ def test_what_learns_and_what_its_pass_trains():
         "d-lora-ppo": [("sft", "actor"), ("reward_model", "critic")],
         "j-hydra-ppo": [("hydra", "actor")],
         "hydra-ppo": [("hydra", "actor"), ("hydra", "critic")],
+        "dpo": [("sft", "actor")],
+        "simpo": [("sft", "actor")],
     }
     assert count.learning_passes(STAGE1_TABLES["hydra_sft"]) == {}
     trained = count.trained_parts(ROLES["ppo"], ("critic", None), SIZES)

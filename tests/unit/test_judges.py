@@ -102,6 +102,10 @@ def test_options_of_an_llm_judge(setting, tmp_path, monkeypatch):
 def test_what_judges_by_default(tmp_path):
     assert default_judges(Setting(run=tmp_path, is_world=True)) == ["gold", "reward-head"]
     assert default_judges(Setting(run=tmp_path, is_world=False)) == ["reward-head"]
+    headless = Setting(run=tmp_path, is_world=True, has_reward=False)
+    assert default_judges(headless) == ["gold"]
+    with pytest.raises(ConfigError, match="has no reward head; name a run that has one"):
+        read_judge("reward-head", headless)
     with pytest.raises(ConfigError, match="name a judge"):
         default_judges(Setting(run=tmp_path, is_world=False, has_reward=False))
 

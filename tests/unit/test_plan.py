@@ -248,6 +248,45 @@ def test_stage_1_learns_from_demonstrations():
     assert "gradients" not in shown(made_up.stage1("hydra_sft", cuts(90), lora=True))
 
 
+HELD_FOR_PAIRS = {"weights": 1000, "adapters": 100, "optimizer": 600}
+"""Of dpo: one trunk, one set, its state."""
+
+
+def test_learning_from_pairs_with_a_reference():
+    made_up = planner()
+    # 40 tokens are 2 pairs of 2 x 9 tokens: 4 rows x 150, and the set's gradients of the micro-batches before.
+    phases = made_up.preference(ROLES["dpo"], ("reference",), cuts(40, layers=2))
+    assert list(phases) == ["preference", "rollout"]
+    assert shown(phases["preference"]) == HELD_FOR_PAIRS | {"gradients": 100, "activations": 600}
+    rows = Rows(num=4, prompt=6, response=3)
+    assert asked(made_up) == [
+        (PassKind(adapter=True, learns=True, lm_head=True), rows, 2),
+        (PassKind(lm_head=True), rows, 0),
+    ]
+    # The look at held-out prompts: 3 rows of 64 bytes of cache, 51 at the worst beside it.
+    assert shown(phases["rollout"]) == HELD_FOR_PAIRS | {"cache": 192, "activations": 51}
+    # simpo asks nobody but the actor.
+    alone = planner()
+    assert alone.preference(ROLES["simpo"], (), cuts(40, layers=2)) == phases
+    assert asked(alone) == [(PassKind(adapter=True, learns=True, lm_head=True), rows, 2)]
+
+
+def test_reading_pairs_may_need_more_than_learning_from_them():
+    def long_read(kind: PassKind, rows: Rows) -> PassBytes:
+        """Learning needs 10 bytes a row, reading 70."""
+        size = (10.0 if kind.learns else 70.0) * rows.num
+        return PassBytes(kept=0.0, head=0.0, peak=size)
+
+    several = planner(long_read).preference(ROLES["dpo"], ("reference",), cuts(40))["preference"]
+    assert shown(several) == HELD_FOR_PAIRS | {"gradients": 100, "activations": 280}
+    # All 5 pairs at once: 10 rows, and no gradient is there while they are read.
+    once = planner(long_read).preference(ROLES["dpo"], ("reference",), cuts(90))["preference"]
+    assert shown(once) == HELD_FOR_PAIRS | {"activations": 700}
+    # Without a reader: 10 rows x 10 that nothing keeps, beside the gradients that have come by then.
+    alone = planner(long_read).preference(ROLES["simpo"], (), cuts(90))["preference"]
+    assert shown(alone) == HELD_FOR_PAIRS | {"gradients": 100, "activations": 100}
+
+
 def test_micro_batches_take_at_least_one_and_at_most_all():
     assert [plan.micro_rows(cuts(tokens), 10, 4) for tokens in (1, 10, 19, 20, 40, 1000)] == [1, 1, 1, 2, 4, 4]
 

@@ -643,6 +643,13 @@ def test_a_summary_outside_its_range_is_warned_of(record: RunRecord, changes: di
     assert [title in problem.title for problem in found] == [True]
 
 
+def test_what_to_do_about_a_large_kl_depends_on_what_trains(record: RunRecord) -> None:
+    far = replace(record, summary=replace(record.summary, kl=35.0))
+    assert "ppo.kl_coef" in find_problems(far)[0].remedy
+    for method in ("dpo", "simpo"):
+        assert "preference.learning_rate" in find_problems(replace(far, method=method))[0].remedy
+
+
 def test_many_cut_responses_are_warned_of(record: RunRecord) -> None:
     # 700 of 5388 rows are 13 %.
     cut = replace(record.splits[0], cut={"response_tokens_cut": 700})

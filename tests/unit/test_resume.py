@@ -86,6 +86,19 @@ def test_a_stage_that_has_not_begun_may_be_changed():
     assert line.endswith("(without a reward model stage 1 is another one)")
 
 
+def test_preference_training_is_a_stage_like_others():
+    dpo = {"method": "dpo"}
+    begun = Past(begun=frozenset({"sft", "preference"}), done=frozenset({"sft"}), ppo_steps=0)
+    assert refused(Past(begun=frozenset({"sft"}), done=frozenset(), ppo_steps=0), dpo, preference__dpo_beta=0.5) == []
+    assert refused(begun, dpo, preference__save_every=7, ppo__sampling__top_k=3) == []
+    (line,) = refused(begun, dpo, preference__dpo_beta=0.5)
+    assert line.endswith("(stage preference has begun with it)")
+    # How responses are drawn matters to what is measured, though there is no PPO.
+    measured = Past(begun=begun.begun | {"evaluation"}, done=begun.begun, ppo_steps=0)
+    (line,) = refused(measured, dpo, ppo__sampling__top_k=3)
+    assert line.endswith("(the evaluation has begun with it)")
+
+
 def test_the_evaluation_may_be_changed_until_it_is_done():
     (line,) = refused(MEASURED, evaluation__num_prompts=5)
     assert (

@@ -19,7 +19,7 @@ from hydra_rlhf.benchmark.work import Batch, Bound, Work, bound, step_work
 from hydra_rlhf.config import Recipe
 from hydra_rlhf.config_checks import compares_with_greedy
 from hydra_rlhf.errors import OutOfMemoryError
-from hydra_rlhf.memory.decide import Decision, decide_ppo, planner_of, recipe_for, workload_of
+from hydra_rlhf.memory.decide import Decision, decide_stage2, planner_of, recipe_for, workload_of
 from hydra_rlhf.memory.report import budget_of, largest
 from hydra_rlhf.model.device import choose_dtype, dtype_of, pick_device
 from hydra_rlhf.model.roles import method_table
@@ -159,7 +159,7 @@ def decoded_together(recipe: Recipe, num_sequences: int) -> Recipe:
 def decide(bench: Bench, recipe: Recipe, budget: int) -> Decision:
     """How the recipe's PPO is cut to fit `budget`; no stage 1 was run, so no LoRA set of one is there."""
     planner = planner_of(recipe, bench.config, workload_of(recipe), optimizer=recipe.ppo.optimizer, below_rank=0)
-    return decide_ppo(planner, recipe, method_table(recipe), budget)
+    return decide_stage2(planner, recipe, method_table(recipe), budget)
 
 
 def is_same_run(row: dict[str, Any], planned: dict[str, Any]) -> bool:

@@ -4,17 +4,19 @@ import math
 from collections.abc import Sequence
 
 from hydra_rlhf.data.formats import TokenizedPrompt
-from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.evaluation.answers import Answers
 from hydra_rlhf.stages.finished import Finished
 from hydra_rlhf.stages.rollout import prompt_batch, sample_responses, score_roles
 
+NO_HEAD = (
+    "--best-of lets a run's reward head pick, and no run here has one: they learned from a reward function alone, or "
+    "from pairs as they are; leave it out, or (in compare) name a run with a reward head too"
+)
+
 
 def best_of_n(finished: Finished, prompts: Sequence[TokenizedPrompt], n: int, *, seed: int) -> Answers:
-    """The best-scored of `n` samples of the reference for every prompt. Raises `ConfigError` without a reward head."""
+    """The best-scored of `n` samples of the reference for every prompt, by the run's reward head."""
     model, config, limits = finished.model, finished.run.recipe.ppo, finished.limits
-    if "reward" not in model.table:
-        raise ConfigError("--best-of needs a reward head, and this run scored with a reward function alone")
     batch = prompt_batch(prompts, range(len(prompts)), n, model.pad_id, model.device)
     stream = (seed, "best of n", n)
     responses = sample_responses(

@@ -16,10 +16,11 @@ from hydra_rlhf.config import Recipe
 from hydra_rlhf.data.rows import Prompt
 from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.evaluation.answers import Answers, Questions, answers_of, questions_of
-from hydra_rlhf.evaluation.best_of import best_of_n
+from hydra_rlhf.evaluation.best_of import NO_HEAD, best_of_n
 from hydra_rlhf.evaluation.judges import Setting, default_judges, read_judge
 from hydra_rlhf.evaluation.texts import distinct_n, rouge
 from hydra_rlhf.evaluation.tournament import hold_tournament
+from hydra_rlhf.model.roles import method_table
 from hydra_rlhf.runtime.environment import redact
 from hydra_rlhf.runtime.metrics import strict_json
 from hydra_rlhf.runtime.run import Run
@@ -59,12 +60,14 @@ def compare_runs(
     setting = Setting(
         run=first.folder,
         is_world=first.recipe.data.train == WORLD,
-        has_reward=first.recipe.ppo.reward.reward_model_coef != 0,
+        has_reward="reward" in method_table(first.recipe),
         trust_remote_code=trust_remote_code,
     )
     specs = list(dict.fromkeys(judges)) or default_judges(setting)
     for spec in specs:
         read_judge(spec, setting)
+    if best_of and not any("reward" in method_table(contender.recipe) for contender in contenders):
+        raise ConfigError(NO_HEAD)
     questions = shared_questions(contenders, num_prompts or first.recipe.evaluation.num_prompts)
     entries = collect_answers(
         contenders,
@@ -194,7 +197,7 @@ def collect_answers(
                 is_actor=is_actor,
             )
             collected.append(answers)
-        if best_of and not extra:
+        if best_of and not extra and "reward" in finished.model.table:
             extra.append(best_of_n(finished, prompts, best_of, seed=seed))
         del finished
         gc.collect()

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.evaluation.answers import answers_of, questions_of
-from hydra_rlhf.evaluation.best_of import best_of_n
+from hydra_rlhf.evaluation.best_of import NO_HEAD, best_of_n
 from hydra_rlhf.evaluation.judges import Judge, Setting, default_judges, read_judge
 from hydra_rlhf.evaluation.texts import rouge
 from hydra_rlhf.evaluation.tournament import hold_tournament
+from hydra_rlhf.model.roles import method_table
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.datasets import WORLD, load_raw, tokenize
 from hydra_rlhf.stages.finish import measure
@@ -37,12 +39,14 @@ def evaluate_again(
     setting = Setting(
         run=folder,
         is_world=recipe.data.train == WORLD,
-        has_reward=recipe.ppo.reward.reward_model_coef != 0,
+        has_reward="reward" in method_table(recipe),
         trust_remote_code=trust_remote_code,
     )
     specs = list(dict.fromkeys(judges)) or (default_judges(setting) if best_of else [])
     for spec in specs:
         read_judge(spec, setting)
+    if best_of and not setting.has_reward:
+        raise ConfigError(NO_HEAD)
     finished = load_finished(folder, checkpoint, trust_remote_code=trust_remote_code)
     run = finished.run
     raw = load_raw(recipe.data, seed=recipe.seed)

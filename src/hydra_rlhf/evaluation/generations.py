@@ -12,10 +12,13 @@ from hydra_rlhf.evaluation.statistics import pair_outcomes, win_rate, win_rate_i
 from hydra_rlhf.evaluation.texts import distinct_n
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.records import Rollout
-from hydra_rlhf.stages.held_out import GoldFunction, sample_and_score
+from hydra_rlhf.stages.held_out import GoldFunction, sample_and_score, score_of
 from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.rollout import sequence_kl
 from hydra_rlhf.stages.scoring.reward_sources import Scoring
+
+NO_SCORES = {"score_mean": None, "reference_score_mean": None, "score_win_rate": None}
+"""Of a run in which nothing scores."""
 
 
 def respond_with_both(
@@ -51,19 +54,17 @@ def compare_with_reference(
     actor: Rollout, reference: Rollout, *, gold: GoldFunction | None, num_samples: int, seed: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(summary numbers, samples): win rates of the actor with intervals, scores, gold where there is one, KL, lengths,
-    variety. Ties count half. The numbers of the score are those of the prompts whose two responses could be scored."""
+    variety. Ties count half. The numbers of the score are those of the prompts whose two responses could be scored, and
+    None where nothing scores."""
     kl = sequence_kl(actor)
-    scores = {"actor": actor.scores.tolist(), "reference": reference.scores.tolist()}
-    both = actor.valid & reference.valid
+    scored = score_numbers(actor, reference, seed=seed) if actor.is_scored else NO_SCORES
     summary: dict[str, Any] = {
         "num_prompts": len(actor.responses),
         "kl": kl.mean().item(),
-        "score_mean": actor.scores[both].mean().item(),
-        "reference_score_mean": reference.scores[both].mean().item(),
         "response_tokens_mean": actor.batch.response_mask.sum(dim=1).float().mean().item(),
         "reference_response_tokens_mean": reference.batch.response_mask.sum(dim=1).float().mean().item(),
         "eos_frac": actor.ended.float().mean().item(),
-        **win_rate_numbers("score", scores["actor"], scores["reference"], actor, reference, both.tolist(), seed=seed),
+        **scored,
         **distinct_numbers(actor, reference),
     }
     golds: dict[str, list[float]] = {}
@@ -83,15 +84,26 @@ def compare_with_reference(
             "prompt_index": i,
             "prompt": actor.prompts.texts[i],
             "response": actor.responses[i],
-            "score": scores["actor"][i],
+            "score": score_of(actor, i),
             "kl": kl[i].item(),
             "reference_response": reference.responses[i],
-            "reference_score": scores["reference"][i],
+            "reference_score": score_of(reference, i),
             **({"gold": golds["actor"][i], "reference_gold": golds["reference"][i]} if golds else {}),
         }
         for i in range(min(num_samples, len(actor.responses)))
     ]
     return summary, samples
+
+
+def score_numbers(actor: Rollout, reference: Rollout, *, seed: int) -> dict[str, Any]:
+    """Means and win rates of the score that training uses."""
+    both = actor.valid & reference.valid
+    ours, theirs = actor.scores.tolist(), reference.scores.tolist()
+    return {
+        "score_mean": actor.scores[both].mean().item(),
+        "reference_score_mean": reference.scores[both].mean().item(),
+        **win_rate_numbers("score", ours, theirs, actor, reference, both.tolist(), seed=seed),
+    }
 
 
 def win_rate_numbers(

@@ -96,6 +96,11 @@ def read_judge(spec: str, setting: Setting) -> Judge:
             raise ConfigError("--judge gold: only the built-in world (data.train=world) has a gold score")
         return ScoreJudge(name=spec, score=score_by_gold)
     if spec == "reward-head":
+        if not setting.has_reward:
+            raise ConfigError(
+                f"--judge reward-head: {setting.run} has no reward head; name a run that has one (reward-head:RUN), or "
+                "another judge"
+            )
         return ScoreJudge(name=spec, score=partial(score_by_head, setting.run, setting))
     if kind == "reward-head" and rest:
         return ScoreJudge(name=spec, score=partial(score_by_head, Path(rest), replace(setting, loaded=None)))
@@ -207,7 +212,7 @@ def score_by_head(run: Path, setting: Setting, questions: Questions, answers: Se
     """A run's reward head, which reads prompts and answers by that run's tokenizer and template."""
     finished = setting.loaded or load_finished(run, "last", trust_remote_code=setting.trust_remote_code)
     if "reward" not in finished.model.table:
-        raise ConfigError(f"{run} scored with a reward function alone and has no reward head to judge with")
+        raise ConfigError(f"{run} has no reward head to judge with: name a run that has one (reward-head:RUN)")
     model, chat, limits = finished.model, finished.chat, finished.limits
     return [score_texts(model, chat, questions.prompts, a.texts, a.ended, limits=limits) for a in answers]
 

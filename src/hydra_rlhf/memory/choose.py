@@ -53,6 +53,8 @@ class Work:
     """Bytes that are there however it is cut; where they are too many, nothing else has to be tried."""
     keeps_graphs: bool = False
     """Micro-batches may wait with their graphs for the values of all rows, which saves their second forward."""
+    num_decoded: int | None = None
+    """Responses that are to be decoded; None = as many as sequences."""
 
 
 def choose(work: Work, budget: int) -> tuple[Option | None, list[Option]]:
@@ -63,7 +65,8 @@ def choose(work: Work, budget: int) -> tuple[Option | None, list[Option]]:
     """
     given = work.given
     layers = given.checkpointed_layers or 0  # a rollout recomputes nothing; what is asked for here is needed anyway
-    groups = row_groups(work.num_sequences, given.rollout_rows) if work.held <= budget else ()
+    num_decoded = work.num_decoded or work.num_sequences
+    groups = row_groups(num_decoded, given.rollout_rows) if work.held <= budget else ()
     rows = next((rows for rows in groups if rollout_bytes(work.plan, rows, layers) <= budget), given.rollout_rows or 1)
     num_tokens = work.num_sequences * work.tokens_each
     options = [

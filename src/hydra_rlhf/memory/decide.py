@@ -1,6 +1,6 @@
 """From a recipe to the limits of its stages: what `hydra-rlhf plan` prints is what the trainer takes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -14,7 +14,15 @@ from hydra_rlhf.memory.count import BaseSizes, learning_passes
 from hydra_rlhf.memory.plan import Cuts, Phases, Planner, Workload, total
 from hydra_rlhf.memory.simulate import Simulation
 from hydra_rlhf.memory.sizes import sizes_of
-from hydra_rlhf.model.roles import STAGE1_TABLES, TRAINABLE_ROLES, RoleTable, method_table, stage1_models
+from hydra_rlhf.model.roles import (
+    PAIR_READERS,
+    STAGE1_TABLES,
+    STAGE2,
+    TRAINABLE_ROLES,
+    RoleTable,
+    method_table,
+    stage1_models,
+)
 
 NO_CORRECTIONS: Mapping[str, float] = {}
 
@@ -61,6 +69,7 @@ def workload_of(recipe: Recipe) -> Workload:
         num_sequences=ppo.rollout_batch_size * ppo.samples_per_prompt,
         minibatch_size=ppo.minibatch_size,
         batch_size=recipe.hydra_sft.batch_size,
+        num_held_out=recipe.preference.num_eval_prompts,
         entropy_gradient=ppo.entropy_coef > 0,
     )
 
@@ -93,9 +102,9 @@ def planner_of(
     return Planner(_simulation(base), _sizes(base, optimizer), workload)
 
 
-def decide_ppo(planner: Planner, recipe: Recipe, table: RoleTable, budget: int) -> Decision:
+def decide_stage2(planner: Planner, recipe: Recipe, table: RoleTable, budget: int) -> Decision:
     """Limits of stage 2 within `budget` bytes of tensors."""
-    return decide(work_of_ppo(planner, recipe, table), budget)
+    return decide(work_of_stage2(planner, recipe, table), budget)
 
 
 def decide_stage1(planner: Planner, recipe: Recipe, stage: str, budget: int, *, lora: bool) -> Decision:
@@ -123,11 +132,42 @@ def work_of_ppo(planner: Planner, recipe: Recipe, table: RoleTable) -> Work:
         num_layers=planner.simulation.num_layers,
         num_sequences=work.num_sequences,
         tokens_each=work.prompt_tokens + work.response_tokens,
-        held=total(planner.held_ppo(table)),
+        held=total(planner.held_stage2(table)),
         keeps_graphs=ppo.scoring == "auto"
         and ppo.single_pass
         and any(len(roles) > 1 for roles in learning_passes(table).values()),
     )
+
+
+def work_of_preference(planner: Planner, recipe: Recipe, table: RoleTable) -> Work:
+    """What preference training has to cut: pairs, and the held-out prompts that are answered together."""
+    work, readers = planner.workload, PAIR_READERS[recipe.method]
+    given = Given(
+        micro_batch_tokens=recipe.preference.micro_batch_tokens,
+        rollout_rows=recipe.ppo.sampling.batch_rows,
+        checkpointed_layers=given_layers(recipe, planner.simulation.num_layers),
+    )
+    return Work(
+        plan=lambda cuts: planner.preference(table, readers, cuts),
+        given=given,
+        num_layers=planner.simulation.num_layers,
+        num_sequences=work.batch_size,
+        tokens_each=2 * (work.prompt_tokens + work.data_response_tokens),
+        num_decoded=work.num_held_out,
+        held=total(planner.held_stage2(table)),
+    )
+
+
+WORKS: Mapping[str, Callable[[Planner, Recipe, RoleTable], Work]] = {
+    "ppo": work_of_ppo,
+    "preference": work_of_preference,
+}
+"""What each kind of stage 2 has to cut."""
+
+
+def work_of_stage2(planner: Planner, recipe: Recipe, table: RoleTable) -> Work:
+    """What stage 2 of the recipe's method has to cut."""
+    return WORKS[STAGE2[recipe.method]](planner, recipe, table)
 
 
 def work_of_stage1(planner: Planner, recipe: Recipe, stage: str, *, lora: bool) -> Work:
@@ -156,7 +196,7 @@ def decide_method(
     budget: int,
     corrections: Mapping[str, float] = NO_CORRECTIONS,
 ) -> Mapping[str, Decision]:
-    """Every stage that a method has to go through: {stage-1 model or `ppo`: decision}."""
+    """Every stage that a method has to go through: {stage-1 model, `ppo` or `preference`: decision}."""
     works = works_of(recipe, config, table, corrections)
     return {stage: decide(work, budget) for stage, work in works.items()}
 
@@ -191,8 +231,11 @@ def works_of(
         )
         lora = settings.tuning == "lora" or recipe.model.quantization != "none"
         works[stage] = work_of_stage1(planner, recipe, stage, lora=lora)
-    planner = planner_of(recipe, config, workload, optimizer=recipe.ppo.optimizer, corrections=corrections)
-    works["ppo"] = work_of_ppo(planner, recipe, table)
+    stage2 = STAGE2[recipe.method]
+    workload = replace(workload, batch_size=recipe.preference.batch_size)
+    optimizer = getattr(recipe, stage2).optimizer
+    planner = planner_of(recipe, config, workload, optimizer=optimizer, corrections=corrections)
+    works[stage2] = work_of_stage2(planner, recipe, table)
     return works
 
 

@@ -4,7 +4,7 @@ Weights, adapters, gradients and optimizer state are counted (`count.py`), activ
 found on the meta device (`simulate.py`). Phases come one after the other: the peak is the largest, never their sum.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from hydra_rlhf.memory.count import PARTS, BaseSizes, Part, count_method, learning_passes, trained_parts
@@ -28,13 +28,15 @@ class Workload:
     response_tokens: int
     """Of a sampled response."""
     data_response_tokens: int
-    """Of a response in the data, for stage 1."""
+    """Of a response in the data, for supervised stages."""
     num_sequences: int
     """Of a rollout."""
     minibatch_size: int
     """Sequences of an optimizer step of PPO."""
     batch_size: int
-    """Pairs of an optimizer step of stage 1."""
+    """Pairs of an optimizer step of a supervised stage."""
+    num_held_out: int = 1
+    """Held-out prompts that preference training answers at each look."""
     entropy_gradient: bool = False
     """The entropy is part of the policy's loss."""
 
@@ -63,13 +65,12 @@ class Planner:
 
     def ppo(self, table: RoleTable, cuts: Cuts) -> dict[str, dict[str, int]]:
         """Bytes of the phases rollout, score and update of stage 2."""
-        held = self.held_ppo(table)
+        held = self.held_stage2(table)
         work = self.workload
         sequence = work.prompt_tokens + work.response_tokens
         batch = work.num_sequences * (sequence * TOKEN_BYTES + work.response_tokens * RESPONSE_TOKEN_BYTES)
         held["batch"] = batch
         group = Rows(num=cuts.rollout_rows, prompt=work.prompt_tokens, response=work.response_tokens)
-        rollout = self.simulation.rollout(group, adapter=table["actor"].adapter is not None)
         micro = replace(group, num=micro_rows(cuts, sequence, work.num_sequences))
         score = max(
             (
@@ -79,10 +80,35 @@ class Planner:
             key=lambda found: found.peak,
         )
         return {
-            "rollout": phase(held | {"cache": round(rollout.kept)}, replace(rollout, kept=0.0), less=rollout.kept),
+            "rollout": self._rollout(table, group, held),
             "score": phase(held, score),
             "update": self._update(table, cuts, held),
         }
+
+    def preference(self, table: RoleTable, readers: Collection[str], cuts: Cuts) -> dict[str, dict[str, int]]:
+        """Bytes of stage 2 from pairs: learning, where `readers` read each micro-batch before the actor learns from it,
+        and rollout, the actor's responses to held-out prompts."""
+        held = self.held_stage2(table)
+        work = self.workload
+        num = 2 * micro_rows(cuts, 2 * (work.prompt_tokens + work.data_response_tokens), work.batch_size)
+        rows = Rows(num=num, prompt=work.prompt_tokens, response=work.data_response_tokens)
+        ((train_pass, roles),) = learning_passes(table).items()
+        trained = trained_parts(table, train_pass, self.sizes)
+        kind = replace(kind_of(train_pass[1] is not None, roles), learns=True)
+        need = self.simulation.micro_batch(kind, rows, checkpointed=cuts.checkpointed_layers)
+        once = num == 2 * work.batch_size
+        found = learning(held, trained, need, once=once)
+        gradients = 0 if once else sum(part.gradient_bytes for part in trained)
+        others = {name: role for name, role in table.items() if name in readers}
+        for (_, adapter), roles in passes(others).items():
+            reading = self.simulation.micro_batch(kind_of(adapter is not None, roles), rows)
+            found.append(phase(held | {"gradients": gradients}, reading))
+        group = Rows(num=cuts.rollout_rows, prompt=work.prompt_tokens, response=work.response_tokens)
+        return {"preference": max(found, key=total), "rollout": self._rollout(table, group, held)}
+
+    def _rollout(self, table: RoleTable, group: Rows, held: dict[str, int]) -> dict[str, int]:
+        need = self.simulation.rollout(group, adapter=table["actor"].adapter is not None)
+        return phase(held | {"cache": round(need.kept)}, replace(need, kept=0.0), less=need.kept)
 
     def _update(self, table: RoleTable, cuts: Cuts, held: dict[str, int]) -> dict[str, int]:
         work = self.workload
@@ -129,7 +155,7 @@ class Planner:
         heads = [self.sizes.scalar_head for role in table.values() if role.head != "lm"]
         return [self.sizes.lora if lora else self.sizes.trunk, *heads]
 
-    def held_ppo(self, table: RoleTable) -> dict[str, int]:
+    def held_stage2(self, table: RoleTable) -> dict[str, int]:
         """What stage 2 holds all along, however its work is cut."""
         counted = count_method(table, self.sizes)
         return dict.fromkeys(PARTS, 0) | {

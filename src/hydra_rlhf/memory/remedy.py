@@ -10,7 +10,7 @@ from hydra_rlhf.config import Recipe
 from hydra_rlhf.memory.budget import PROCESS_BYTES
 from hydra_rlhf.memory.decide import decide_method, fits, phases_of, trains_adapters
 from hydra_rlhf.memory.plan import peak
-from hydra_rlhf.model.roles import RoleTable, method_table, stage1_models
+from hydra_rlhf.model.roles import STAGE2, RoleTable, method_table, stage1_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,8 @@ def changed_by(changes: Sequence[Remedy], recipe: Recipe) -> Recipe:
 
 def relaxed(recipe: Recipe) -> Remedy | None:
     """Leaving to the plan what a recipe says about cutting its work; None where it says nothing."""
-    stages = [
-        s for s in (*stage1_models(method_table(recipe)), "ppo") if getattr(recipe, s).micro_batch_tokens is not None
-    ]
+    named = (*stage1_models(method_table(recipe)), STAGE2[recipe.method])
+    stages = [stage for stage in named if getattr(recipe, stage).micro_batch_tokens is not None]
     said = [f"{stage}.micro_batch_tokens" for stage in stages]
     said += ["ppo.sampling.batch_rows"] if recipe.ppo.sampling.batch_rows is not None else []
     said += ["memory.checkpointing"] if recipe.memory.checkpointing == "none" else []
@@ -86,8 +85,9 @@ def remedies(recipe: Recipe) -> list[Remedy]:
         found += [setting(stage, tuning="lora") for stage in full]
     if trains_adapters(table) and recipe.model.quantization != "nf4":
         found.append(setting("model", quantization="nf4"))
-    if recipe.ppo.optimizer == "adamw":
-        found.append(setting("ppo", optimizer="adamw-8bit"))
+    stage2 = STAGE2[recipe.method]
+    if getattr(recipe, stage2).optimizer == "adamw":
+        found.append(setting(stage2, optimizer="adamw-8bit"))
     return found
 
 

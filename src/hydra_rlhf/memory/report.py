@@ -18,15 +18,18 @@ from hydra_rlhf.memory.decide import (
     phases_of,
     planner_of,
     recipe_for,
+    work_of_stage2,
     workload_of,
 )
 from hydra_rlhf.memory.plan import Cuts, peak, total
 from hydra_rlhf.memory.remedy import find_remedy
 from hydra_rlhf.model.device import choose_dtype, pick_device, with_dtype
-from hydra_rlhf.model.roles import ROLES, RoleTable, method_table
+from hydra_rlhf.model.roles import ROLES, STAGE2, RoleTable, method_table
 from hydra_rlhf.model.shapes import find_config
 from hydra_rlhf.model.trunk import text_config
 
+LEARNING: Mapping[str, str] = {"ppo": "update", "preference": "preference"}
+"""The phase of each kind of stage 2 that learns."""
 FULL_SFT = "full SFT"
 """The row that every method is compared with: fine-tuning all weights on demonstrations."""
 
@@ -78,15 +81,17 @@ def plan_method(
     decisions = decide_method(recipe, config, table, budget, corrections)
     phases = phases_of(decisions)
     fits = all(decision.fits for decision in decisions.values())
+    stage2 = STAGE2[recipe.method]
     plan: dict[str, Any] = {
         "fits": fits,
+        "stage2": stage2,
         "peak": peak(phases),
         "peak_phase": max(phases, key=lambda name: total(phases[name])),
         "phases": {name: dict(parts) for name, parts in phases.items()},
         "stages": {stage: decision.as_dict() for stage, decision in decisions.items()},
     }
     if fits:
-        plan["largest"] = largest_sizes(recipe, config, table, budget, decisions["ppo"], corrections)
+        plan["largest"] = largest_sizes(recipe, config, table, budget, decisions[stage2], corrections)
     else:
         plan["remedy"] = find_remedy(recipe, config, table, budget, corrections)
     return plan
@@ -114,20 +119,22 @@ def largest_sizes(
 
     A rollout batch may be larger than what is decoded together: it is then sampled in row groups.
     """
-    planner = planner_of(recipe, config, workload_of(recipe), optimizer=recipe.ppo.optimizer, corrections=corrections)
+    stage2 = STAGE2[recipe.method]
+    optimizer = getattr(recipe, stage2).optimizer
+    planner = planner_of(recipe, config, workload_of(recipe), optimizer=optimizer, corrections=corrections)
     num_layers, cuts = planner.simulation.num_layers, replace(decision.chosen.cuts, kept_graphs=1)
-    work = planner.workload
-    tokens_each = work.prompt_tokens + work.response_tokens
+    tokens_each = work_of_stage2(planner, recipe, table).tokens_each
     most = max(1, MAX_MICRO_BATCH_TOKENS * 16 // tokens_each)
-    wide = replace(planner, workload=replace(work, num_sequences=most, minibatch_size=most))
+    work = replace(planner.workload, num_sequences=most, minibatch_size=most, batch_size=most)
+    wide = work_of_stage2(replace(planner, workload=work), recipe, table)
 
     def fits(phase: str, cuts: Cuts) -> bool:
-        return total(wide.ppo(table, cuts)[phase]) <= budget
+        return total(wide.plan(cuts)[phase]) <= budget
 
     def micro_batch(layers: int) -> int:
         changed = replace(cuts, checkpointed_layers=layers)
         return tokens_each * largest(
-            lambda rows: fits("update", replace(changed, micro_batch_tokens=rows * tokens_each)), most
+            lambda rows: fits(LEARNING[stage2], replace(changed, micro_batch_tokens=rows * tokens_each)), most
         )
 
     return {

@@ -1,4 +1,4 @@
-"""The method tables: every "model" of RLHF is one row, a method is four rows (Santacroce et al. 2023, Table 2).
+"""The method tables: every "model" of RLHF is one row, a method is up to four (Santacroce et al. 2023, Table 2).
 
 Everything that has to know what a method is (trainer, planner, checkpointer, benchmark, report) reads these tables,
 so they cannot disagree, and nothing else in the package asks for a method by name. Imports no torch.
@@ -58,6 +58,14 @@ HYDRA_PPO: RoleTable = MappingProxyType(
     }
 )
 J_HYDRA_PPO: RoleTable = MappingProxyType({**HYDRA_PPO, "critic": Role("hydra", "actor", "value")})
+DPO: RoleTable = MappingProxyType(
+    {
+        "actor": Role("sft", "actor", "lm"),
+        "reference": Role("sft", None, "lm"),
+    }
+)
+SIMPO: RoleTable = DPO
+"""The same models. Its loss has no reference, but what the actor is measured against is there for nothing."""
 
 ROLES: Mapping[str, RoleTable] = MappingProxyType(
     {
@@ -66,9 +74,19 @@ ROLES: Mapping[str, RoleTable] = MappingProxyType(
         "d-lora-ppo": D_LORA_PPO,
         "j-hydra-ppo": J_HYDRA_PPO,
         "hydra-ppo": HYDRA_PPO,
+        "dpo": DPO,
+        "simpo": SIMPO,
     }
 )
 """Every method, by the name a recipe uses."""
+
+STAGE2: Mapping[str, str] = MappingProxyType(
+    {**dict.fromkeys(ROLES, "ppo"), "dpo": "preference", "simpo": "preference"}
+)
+"""How each method's actor learns: by `ppo`, or from pairs as they are (`preference`). Also the recipe's section."""
+
+PAIR_READERS: Mapping[str, tuple[str, ...]] = MappingProxyType({"dpo": ("reference",), "simpo": ()})
+"""Of the methods that learn from pairs: who reads them besides the actor, without learning."""
 
 STAGE1_OF_TRUNK: Mapping[str, str] = MappingProxyType(
     {
@@ -115,6 +133,11 @@ def passes(table: RoleTable) -> dict[tuple[str, str | None], dict[str, Role]]:
 def adapters(table: RoleTable) -> dict[str, str]:
     """LoRA sets of a method as {adapter: trunk} (0, 2, 2, 1, 2 sets in the ladder)."""
     return {role.adapter: role.trunk for role in table.values() if role.adapter is not None}
+
+
+def methods_with(stage2: str) -> tuple[str, ...]:
+    """The methods whose actors learn this way."""
+    return tuple(method for method in ROLES if STAGE2[method] == stage2)
 
 
 def stage1_source(table: RoleTable, trunk: str) -> str:

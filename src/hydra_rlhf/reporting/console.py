@@ -37,8 +37,9 @@ def print_samples(samples: Sequence[Mapping[str, Any]]) -> None:
         console.print()
         console.print(Text("prompt     ", style="dim") + Text(printable(sample["prompt"])))
         for name, key in (("reference", "reference_"), ("actor", "")):
-            score = Text(f"{sample[f'{key}score']:+.2f}", style="bold")
-            console.print(Text(f"{name:9}  ", style="dim") + score + Text(f"  {printable(sample[f'{key}response'])}"))
+            score = sample[f"{key}score"]
+            shown = Text("" if score is None else f"{score:+.2f}  ", style="bold")
+            console.print(Text(f"{name:9}  ", style="dim") + shown + Text(printable(sample[f"{key}response"])))
     console.print()
 
 

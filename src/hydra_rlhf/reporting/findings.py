@@ -6,6 +6,7 @@ The limits of the warnings are those of the "healthy" columns of docs/metrics.md
 import math
 from collections.abc import Callable
 
+from hydra_rlhf.model.roles import STAGE2
 from hydra_rlhf.reporting.memory_findings import above_plan, memory_ran_out
 from hydra_rlhf.reporting.record import Finding, RunRecord, Series
 from hydra_rlhf.reporting.tables import (
@@ -19,6 +20,11 @@ from hydra_rlhf.reporting.tables import (
 
 MAX_KL = 20.0
 """Nats per response; beyond, the policy writes text that the reward was never trained on."""
+LARGE_KL_REMEDY = {
+    "ppo": "Raise ppo.kl_coef, set ppo.kl_target, or lower ppo.actor_learning_rate or ppo.num_epochs.",
+    "preference": "Lower preference.learning_rate or preference.num_epochs; with dpo raise preference.dpo_beta.",
+}
+"""By the kind of stage 2."""
 MIN_ENTROPY_SHARE = 0.3
 """Share of its starting entropy below which a policy counts as collapsed."""
 MAX_LENGTH_DRIFT = 0.5
@@ -120,7 +126,7 @@ def _large_kl(record: RunRecord) -> Finding | None:
     return Finding(
         title=f"KL is above {MAX_KL:.0f} nats per response",
         text=f"The actor ends {format_number(kl)} nats from the reference; the reward saw no such text in training.",
-        remedy="Raise ppo.kl_coef, set ppo.kl_target, or lower ppo.actor_learning_rate or ppo.num_epochs.",
+        remedy=LARGE_KL_REMEDY[STAGE2.get(record.method or "", "ppo")],
     )
 
 
@@ -167,7 +173,7 @@ def _length_drifts(record: RunRecord) -> Finding | None:
         title="Responses became much " + ("longer" if ends[1] > ends[0] else "shorter"),
         text=f"Mean length went from {format_number(ends[0])} to {format_number(ends[1])} tokens.",
         remedy="Compare reward accuracy with “longer wins”, and read the longest and shortest samples; "
-        "raise ppo.kl_coef, or balance lengths in the preference data.",
+        "raise ppo.kl_coef (preference.dpo_beta), or balance lengths in the preference data.",
     )
 
 

@@ -55,7 +55,7 @@ def decisions_table(record: RunRecord) -> Table | None:
     rows = tuple(
         (
             decision.stage,
-            *_settings(decision.chosen, is_ppo=decision.stage == "ppo"),
+            *_settings(decision.chosen, decodes="rollout" in decision.phases),
             format_bytes(decision.chosen.peak),
             format_bytes(decision.budget),
             "yes" if decision.fits else "no",
@@ -74,7 +74,7 @@ def options_table(record: RunRecord) -> Table | None:
     rows = tuple(
         (
             decision.stage,
-            *_settings(option, is_ppo=decision.stage == "ppo"),
+            *_settings(option, decodes="rollout" in decision.phases),
             format_bytes(option.peak),
             format_number(option.relative_time),
         )
@@ -91,8 +91,8 @@ def options_table(record: RunRecord) -> Table | None:
 SETTINGS = ("Micro-batch, tokens", "Rows decoded together", "Layers recomputed")
 
 
-def _settings(option: Option, *, is_ppo: bool) -> tuple[str, str, str]:
-    rows = format_count(option.rollout_rows) if is_ppo else "–"
+def _settings(option: Option, *, decodes: bool) -> tuple[str, str, str]:
+    rows = format_count(option.rollout_rows) if decodes else "–"
     return format_count(option.micro_batch_tokens), rows, format_count(option.checkpointed_layers)
 
 

@@ -50,13 +50,13 @@ def verdict(plan: Mapping[str, Any]) -> str:
     budget = budget_text(plan)
     if len(plan["methods"]) == 1:
         ((name, row),) = plan["methods"].items()
-        ppo = row["stages"]["ppo"]
+        cuts = row["stages"][row["stage2"]]
         need = f"{in_unit(plan, row['peak'])} {unit_of(plan)[0]} at its largest phase ({row['peak_phase']})"
-        settings = f"micro-batches of {ppo['micro_batch_tokens']:,} tokens, {rows_text(ppo['rollout_rows'])}"
+        settings = f"micro-batches of {cuts['micro_batch_tokens']:,} tokens, {rows_text(cuts['rollout_rows'])}"
         if not row["fits"]:
             return f"{name} does not fit {budget} as it is set: {need} at the least; {row['remedy']}."
-        graphs = f", {ppo['kept_graphs']} graphs kept until all values are known" if ppo["kept_graphs"] > 1 else ""
-        layers = layers_text(ppo["checkpointed_layers"], plan)
+        graphs = f", {ppo['kept_graphs']} graphs kept until all values are known" if cuts["kept_graphs"] > 1 else ""
+        layers = layers_text(cuts["checkpointed_layers"], plan)
         return f"{name} fits {budget}: {need}; stage 2 in {settings}, {layers}{graphs}."
     fitting = [name for name, row in plan["methods"].items() if row["fits"]]
     if not fitting:
@@ -100,10 +100,16 @@ def what_is_planned(plan: Mapping[str, Any]) -> str:
     packed = "" if plan["quantization"] == "none" else f", {plan['quantization']} base"
     factors = ", ".join(f"{phase} x {by:.2f}" for phase, by in plan["corrections"].items())
     probed = f"; corrected by a probe: {factors}" if factors else ""
+    prompt = work["prompt_tokens"]
+    texts = {
+        "ppo": f"rollouts of {work['num_sequences']} x ({prompt} + {work['response_tokens']}) tokens, minibatches of "
+        f"{work['minibatch_size']}; ",
+        "preference": f"pairs of 2 x ({prompt} + {work['data_response_tokens']}) tokens; ",
+    }
+    kinds = [row["stage2"] for row in plan["methods"].values()]
     return (
         f"{plan['model']} ({plan['num_layers']} layers, {dtype}{packed}), LoRA rank {plan['lora']['rank']} on "
-        f"{' '.join(plan['lora']['targets'])}; rollouts of {work['num_sequences']} x ({work['prompt_tokens']} + "
-        f"{work['response_tokens']}) tokens, minibatches of {work['minibatch_size']}; "
+        f"{' '.join(plan['lora']['targets'])}; {''.join(text for kind, text in texts.items() if kind in kinds)}"
         f"{in_unit(plan, plan['tensor_budget'])} {unit_of(plan)[0]} for tensors{probed}"
     )
 
@@ -115,7 +121,7 @@ def methods_table(plan: Mapping[str, Any], width: int) -> Table:
     for heading in ("method", "fits", "peak phase", *numbers):
         table.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=True)
     for name, row in plan["methods"].items():
-        settings = settings_cells(plan, row["stages"]["ppo"])
+        settings = settings_cells(plan, row["stages"][row["stage2"]])
         table.add_row(name, yes_or_no(row["fits"]), row["peak_phase"], in_unit(plan, row["peak"]), *settings)
     sft = plan["full_sft"]
     tokens, _, layers = settings_cells(plan, sft)
@@ -181,7 +187,7 @@ def options_table(plan: Mapping[str, Any], row: Mapping[str, Any], width: int) -
         for option in decision["options"]:
             chosen = settings_cells(plan, option) == settings_cells(plan, decision)
             tokens, rows, layers = settings_cells(plan, option)
-            cells = (tokens, rows if stage == "ppo" else "", layers, in_unit(plan, option["peak"]))
+            cells = (tokens, rows if stage == row["stage2"] else "", layers, in_unit(plan, option["peak"]))
             mark = ("<- chosen" if decision["fits"] else "<- needs least") if chosen else ""
             time = f"{option['relative_time']:.2f}"
             table.add_row(stage, *cells, time, mark, style="bold" if chosen else "")

@@ -128,7 +128,7 @@ PPO = (
         caption="The others are cut at the length limit.",
     ),
 )
-SECOND = ("loss/reward", "ppo/value_clip_frac")
+SECOND = ("loss/reward", "ppo/value_clip_frac", "train/rejected_logprob")
 """Training metrics that share a chart with another one."""
 PHASES = (
     ("time/rollout_s", "rollout", BLUE),
@@ -139,12 +139,12 @@ PHASES = (
 
 def stage1_charts(record: RunRecord, stage: str) -> list[Chart]:
     """Losses and held-out numbers of one supervised stage."""
-    return [chart for spec in STAGE1 if (chart := _line_chart(record, stage, spec, "optimizer step")) is not None]
+    return [chart for spec in STAGE1 if (chart := line_chart(record, stage, spec, "optimizer step")) is not None]
 
 
 def ppo_charts(record: RunRecord) -> list[Chart]:
     """Score, gold, KL and the diagnostics of PPO, then its seconds per phase."""
-    charts = [_line_chart(record, "ppo", spec, "PPO step") for spec in PPO]
+    charts = [line_chart(record, "ppo", spec, "PPO step") for spec in PPO]
     return [chart for chart in (*charts, time_chart(record)) if chart is not None]
 
 
@@ -195,7 +195,8 @@ def thin(series: Series) -> tuple[list[int], list[float]]:
     return [series.steps[group][-1] for group in groups], [sum(values[group]) / len(values[group]) for group in groups]
 
 
-def _line_chart(record: RunRecord, stage: str, spec: Lines, step_name: str) -> Chart | None:
+def line_chart(record: RunRecord, stage: str, spec: Lines, step_name: str) -> Chart | None:
+    """The metrics of one chart over the steps of a stage; None where none of them was logged."""
     found = [(key, name, series) for key, name in spec.lines if (series := record.series(stage, key)) is not None]
     if not found:
         return None

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra_rlhf.model.roles import STAGE1_ORDER, passes, trunks
+from hydra_rlhf.model.roles import STAGE1_ORDER, STAGE2, passes, trunks
 from hydra_rlhf.reporting import memory_plots, memory_tables, plots, tables
 from hydra_rlhf.reporting.collect import read_run
 from hydra_rlhf.reporting.findings import find_problems
 from hydra_rlhf.reporting.markdown import render_markdown
+from hydra_rlhf.reporting.preference_plots import preference_charts
 from hydra_rlhf.reporting.record import RunRecord, Sample
 from hydra_rlhf.runtime.files import clear_write_errors, write_file
 
@@ -26,8 +27,13 @@ MAX_SAMPLE_BYTES = 3_000_000
 """Samples beyond this much text are left out of the page, which then stays under 5 MB."""
 CONTROL_CHARACTERS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 """Control characters are shown as their Unicode pictures: HTML has no way to hold them."""
-SECTIONS = ("data", "evaluation", "hydra_sft", "memory", "ppo", "reward_model", "sft")
+SECTIONS = ("data", "evaluation", "hydra_sft", "memory", "ppo", "preference", "reward_model", "sft")
 """Sections of a recipe that warnings name settings of."""
+STAGE2_FACTS = {
+    "ppo": {"PPO steps": "ppo.num_steps", "Prompts per step": "ppo.rollout_batch_size"},
+    "preference": {"Epochs": "preference.num_epochs", "Pairs per step": "preference.batch_size"},
+}
+"""What the first lines of a report say of each kind of stage 2."""
 STAGE_TITLES = {"sft": "SFT", "reward_model": "Reward model", "hydra_sft": "Hydra-SFT"}
 
 
@@ -74,6 +80,7 @@ def render_html(record: RunRecord) -> str:
     stage1 = [
         (stage, STAGE_TITLES[stage], charts) for stage in STAGE1_ORDER if (charts := plots.stage1_charts(record, stage))
     ]
+    ppo_charts, of_pairs = plots.ppo_charts(record), preference_charts(record)
     return environment.get_template("report.html.j2").render(
         record=record,
         cards=tables.cards(record),
@@ -83,7 +90,8 @@ def render_html(record: RunRecord) -> str:
         roles=tables.roles_table(record),
         stages=tables.stages_table(record),
         stage1_charts=stage1,
-        ppo_charts=plots.ppo_charts(record),
+        ppo_charts=ppo_charts,
+        stage2_charts=[pair for pair in (("PPO", ppo_charts), ("Preference training", of_pairs)) if pair[1]],
         histograms=plots.score_histograms(record),
         samples=samples,
         has_reference=any(shown.reference_response is not None for shown in samples),
@@ -152,8 +160,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     names = {
         "Model": "model.path",
         "Data": "data.train",
-        "PPO steps": "ppo.num_steps",
-        "Prompts per step": "ppo.rollout_batch_size",
+        **STAGE2_FACTS[STAGE2.get(record.method or "", "ppo")],
         "Seed": "seed",
     }
     found: list[tuple[str, Any]] = [("Method", record.method)]

@@ -55,6 +55,8 @@ def before_its_stage(name: str, old: Settings, new: Settings, past: Past) -> str
     stage = name.partition(".")[0]
     if stage in past.begun:
         return f"stage {stage} has begun with it"
+    if stage == "ppo" and "evaluation" in past.begun:  # of a method without PPO
+        return "the evaluation has begun with it"
     if name == "ppo.reward.reward_model_coef" and has_reward_model(old) != has_reward_model(new):
         return "without a reward model stage 1 is another one"
     return None
@@ -118,7 +120,7 @@ RULES = (
         against=further_steps,
     ),
     Rule(
-        settings=(*(f"{stage}.*" for stage in STAGE1), "ppo.*"),
+        settings=(*(f"{stage}.*" for stage in STAGE1), "ppo.*", "preference.*"),
         why="a stage that has not begun has computed nothing",
         against=before_its_stage,
     ),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra_rlhf.config import Recipe
+from hydra_rlhf.config import OptimizerConfig, Recipe
 from hydra_rlhf.data.check import longer_wins
 from hydra_rlhf.data.formats import ChatFormat
 from hydra_rlhf.errors import CheckpointError
@@ -16,7 +16,7 @@ from hydra_rlhf.memory.count import BaseSizes, count_all
 from hydra_rlhf.memory.sizes import sizes_of
 from hydra_rlhf.model.export import save_peft_adapter, save_scalar_head
 from hydra_rlhf.model.hydra import HydraModel
-from hydra_rlhf.model.roles import TRAINABLE_ROLES
+from hydra_rlhf.model.roles import STAGE2, TRAINABLE_ROLES
 from hydra_rlhf.records import Rollout
 from hydra_rlhf.runtime.measure import peak_rss_bytes
 from hydra_rlhf.runtime.run import Run
@@ -29,8 +29,8 @@ from hydra_rlhf.stages.settle import PLAN_FILE, plan_every_method
 
 
 def save_policy(model: HydraModel, folder: Path) -> None:
-    """Write what PPO trained: a PEFT folder per LoRA set (`actor/`, `critic/`), or a transformers folder per trunk that
-    was trained whole; value_head.safetensors; the tokenizer with the actor."""
+    """Write what stage 2 trained: a PEFT folder per LoRA set (`actor/`, `critic/`), or a transformers folder per trunk
+    that was trained whole; value_head.safetensors; the tokenizer with the actor."""
     for name in TRAINABLE_ROLES:
         if name not in model.table:
             continue
@@ -55,7 +55,7 @@ def evaluate_run(
     *,
     reward_fn: Scoring | None,
 ) -> None:
-    """Measure a finished PPO on held-out data; writes summary.json, memory.json and samples, and marks the stage.
+    """Measure a finished stage 2 on held-out data; writes summary.json, memory.json and samples, and marks the stage.
 
     `record_costs` adds seconds and measured bytes to both files.
     """
@@ -78,9 +78,11 @@ def evaluate_run(
     summary = measured.summary
     for sample in measured.samples:
         session.log_sample({"stage": "evaluation", "step": step, "kind": "evaluation", **sample})
-    session.log("evaluation", step, {"eval/score": summary["score_mean"], "eval/kl": summary["kl"]})
+    scored = {} if summary["score_mean"] is None else {"eval/score": summary["score_mean"]}
+    session.log("evaluation", step, {**scored, "eval/kl": summary["kl"]})
     run.write_json("summary.json", summary)
-    counted = count_all(model.table, base_sizes(model, optimizer=recipe.ppo.optimizer), dtype=recipe.model.dtype)
+    settings: OptimizerConfig = getattr(recipe, STAGE2[recipe.method])
+    counted = count_all(model.table, base_sizes(model, optimizer=settings.optimizer), dtype=recipe.model.dtype)
     decided = run.read_json(PLAN_FILE)
     planned = plan_every_method(recipe, model, decided)
     run.write_json("memory.json", counted | {"plan": planned, "decisions": decided})
@@ -148,18 +150,19 @@ def measure(
 
 
 def load_trained(run: Run, model: HydraModel, which: str) -> tuple[int, str, StageLimits, SourceMoments]:
-    """Put the `last` or `best` valid checkpoint of PPO, or that of a step, into the model; returns its step, what it
-    is in words, the limits that training ended with, and the unit of its held-out scores.
+    """Put the `last` or `best` valid checkpoint of stage 2, or that of a step, into the model.
 
-    Without a look at held-out prompts there is no best one, and the last is taken. Raises `CheckpointError`.
+    Returns its step, what it is in words, the limits that training ended with, and the unit of its held-out scores.
+
+    Without scores of held-out prompts there is no best one, and the last is taken. Raises `CheckpointError`.
     """
-    store = run.checkpoints("ppo")
+    store = run.checkpoints(STAGE2[run.recipe.method])
     checkpoint = store.latest_valid()
     if checkpoint is None:
         raise CheckpointError(f"{store.folder} holds no checkpoint; the run cannot be measured without its last one")
     limits = StageLimits(**checkpoint.state["limits"])
-    moments = moments_of(checkpoint.state["held_out_moments"])
-    best = checkpoint.state["best_step"]
+    moments = moments_of(checkpoint.state.get("held_out_moments", {}))
+    best = checkpoint.state.get("best_step")
     if which.isdecimal():
         checkpoint, name = store.load(int(which)), "chosen"
     elif which == "best" and best is not None:

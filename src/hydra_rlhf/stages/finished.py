@@ -11,12 +11,12 @@ from hydra_rlhf.data.sources import Prompt
 from hydra_rlhf.errors import CheckpointError, ConfigError
 from hydra_rlhf.model.export import save_merged, save_peft_adapter, save_reward_model
 from hydra_rlhf.model.hydra import HydraModel
-from hydra_rlhf.model.roles import method_table
+from hydra_rlhf.model.roles import STAGE2, method_table
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.datasets import load_raw
 from hydra_rlhf.stages.finish import load_trained
 from hydra_rlhf.stages.fits_model import check_prompts
-from hydra_rlhf.stages.held_out import sample_and_score
+from hydra_rlhf.stages.held_out import sample_and_score, score_of
 from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.pipeline import stage1_folders
 from hydra_rlhf.stages.rollout import sequence_kl
@@ -26,7 +26,7 @@ from hydra_rlhf.stages.scoring.reward_sources import SourceMoments, with_moments
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A run whose PPO is done, loaded."""
+    """A run whose stage 2 is done, loaded."""
 
     run: Run
     model: HydraModel
@@ -40,14 +40,17 @@ class Finished:
 
 
 def load_finished(folder: Path, checkpoint: str, *, trust_remote_code: bool = False) -> Finished:
-    """A run whose PPO is done, with its `last` or `best` policy.
+    """A run whose stage 2 is done, with its `last` or `best` policy.
 
-    Raises `CheckpointError` for a folder without a finished PPO.
+    Raises `CheckpointError` for a folder without a finished stage 2.
     """
     run = Run.load(folder)
     recipe = run.recipe
-    if not run.stage_done("ppo"):
-        raise CheckpointError(f"{folder} has no finished PPO; continue it with `hydra-rlhf run RECIPE --resume`")
+    stage2 = STAGE2[recipe.method]
+    if not run.stage_done(stage2):
+        raise CheckpointError(
+            f"{folder} has not finished the stage {stage2}; continue it with `hydra-rlhf run RECIPE --resume`"
+        )
     model = HydraModel.from_stage1(
         method_table(recipe),
         stage1_folders(recipe, run),
@@ -106,9 +109,9 @@ def sample_side_by_side(
         {
             "prompt": rollouts["actor"].prompts.texts[i],
             "reference_response": rollouts["reference"].responses[i],
-            "reference_score": rollouts["reference"].scores[i].item(),
+            "reference_score": score_of(rollouts["reference"], i),
             "response": rollouts["actor"].responses[i],
-            "score": rollouts["actor"].scores[i].item(),
+            "score": score_of(rollouts["actor"], i),
             "kl": kl[i].item(),
         }
         for i in range(len(tokenized))
@@ -140,6 +143,9 @@ def export_run(folder: Path, out: Path, *, format: str, checkpoint: str, trust_r
         model.tokenizer.save_pretrained(out)
     else:
         if "reward" not in model.table:
-            raise ConfigError("this run scored with a reward function alone and has no reward model to export")
+            raise ConfigError(
+                f"{folder} has no reward model to export: it learned from a reward function alone, or from pairs as "
+                "they are; export its policy with --format merged"
+            )
         role = model.table["reward"]
         save_reward_model(model.trunk(role.trunk), model.scalar_head(role.trunk, "reward"), model.tokenizer, out)

@@ -1,4 +1,4 @@
-"""A look at held-out prompts during PPO: how the actor's responses score and how far it is from the reference."""
+"""A look at held-out prompts during stage 2: how the actor's responses score and how far it is from the reference."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ NUM_LOGGED = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """Prompts that PPO does not train on, and what their responses are judged by."""
+    """Prompts that stage 2 does not train on, and what their responses are judged by."""
 
     prompts: Sequence[TokenizedPrompt]
     reward_fn: Scoring | None = None
@@ -44,7 +44,7 @@ class HeldOut:
         moments: SourceMoments | None = None,
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics `eval/*` and a few responses. Every look uses the same random stream, so looks can be compared;
-        `moments` are the unit of normalised sources, the same at every look."""
+        `moments` are the unit of normalised sources, the same at every look. Without a score where nothing scores."""
         rows = range(min(config.num_eval_prompts, len(self.prompts)))
         rollout = sample_and_score(
             model,
@@ -57,8 +57,8 @@ class HeldOut:
             limits=limits,
         )
         seen = summarise(rollout)
-        metrics = {
-            "eval/score": seen["score/mean"],
+        metrics = {"eval/score": seen["score/mean"]} if rollout.is_scored else {}
+        metrics |= {
             "eval/kl": seen["kl/reference"],
             "eval/response_tokens": seen["response/tokens_mean"],
             "eval/eos_frac": seen["response/eos_frac"],
@@ -73,13 +73,18 @@ class HeldOut:
                 "prompt_index": i,
                 "prompt": pairs[i][0],
                 "response": pairs[i][1],
-                "score": rollout.scores[i].item(),
+                "score": score_of(rollout, i),
                 "kl": kl[i].item(),
                 **({"gold": golds[i]} if golds is not None else {}),
             }
             for i in range(min(NUM_LOGGED, len(pairs)))
         ]
         return metrics, samples
+
+
+def score_of(rollout: Rollout, row: int) -> float | None:
+    """The score of one response; None where nothing scores."""
+    return rollout.scores[row].item() if rollout.is_scored else None
 
 
 def sample_and_score(

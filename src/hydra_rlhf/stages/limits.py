@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hydra_rlhf.config import OptimizerConfig, PPOConfig
+from hydra_rlhf.config import OptimizerConfig, PPOConfig, PreferenceConfig
 from hydra_rlhf.errors import OutOfMemoryError
 from hydra_rlhf.records import TokenBatch
 
@@ -54,6 +54,8 @@ class StageLimits:
         if isinstance(config, PPOConfig):
             # An evaluation has more prompts than a rollout batch; it must not hold more than one.
             rows = config.sampling.batch_rows or config.rollout_batch_size * config.samples_per_prompt
+        if isinstance(config, PreferenceConfig):
+            rows = config.num_eval_prompts
         return cls(micro_batch_tokens=config.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS, rollout_rows=rows)
 
     def at_most(self, other: "StageLimits") -> "StageLimits":

@@ -1,9 +1,9 @@
-"""A recipe's stages in order, each skipped if already finished: data, stage 1, PPO, evaluation."""
+"""A recipe's stages in order, each skipped if already finished: data, stage 1, stage 2, evaluation."""
 
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from hydra_rlhf.model.export import STAGE1_ADAPTER, load_peft_adapter, save_stag
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.load import load_tokenizer, load_trunk, scratch_trunk
 from hydra_rlhf.model.lora import check_rank, find_linears
-from hydra_rlhf.model.roles import STAGE1_TABLES, RoleTable, method_table, stage1_models
+from hydra_rlhf.model.roles import STAGE1_TABLES, STAGE2, method_table, stage1_models
 from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.runtime.randomness import seed_for
 from hydra_rlhf.runtime.run import Run, is_run_folder, read_recipe
@@ -28,14 +28,13 @@ from hydra_rlhf.stages.datasets import Datasets, RawData, load_raw, tokenize
 from hydra_rlhf.stages.examples import Example
 from hydra_rlhf.stages.finish import evaluate_run, record_costs, save_policy
 from hydra_rlhf.stages.fits_model import check_datasets
-from hydra_rlhf.stages.held_out import HeldOut
+from hydra_rlhf.stages.job import Job
 from hydra_rlhf.stages.limits import is_out_of_memory
-from hydra_rlhf.stages.ppo import train_ppo_stage
 from hydra_rlhf.stages.quantized_start import check_packages, check_quantization, check_start_base
 from hydra_rlhf.stages.scoring.kinds import open_sources
-from hydra_rlhf.stages.scoring.reward_sources import RewardSources
 from hydra_rlhf.stages.session import Session
-from hydra_rlhf.stages.settle import settle_ppo, settle_stage1
+from hydra_rlhf.stages.settle import settle_supervised
+from hydra_rlhf.stages.stage2 import TRAIN
 from hydra_rlhf.stages.supervised import Loss, train_supervised
 
 UNCUT = (
@@ -43,25 +42,7 @@ UNCUT = (
     "memory and go on with --resume, or begin anew with a smaller lora.rank, ppo.optimizer=adamw-8bit, "
     "model.dtype=bfloat16 or model.quantization=nf4: `hydra-rlhf plan RECIPE` says what would fit"
 )
-ALL_STAGES = ("sft", "reward_model", "hydra_sft", "ppo", "evaluation")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What every stage of a run needs."""
-
-    recipe: Recipe
-    run: Run
-    session: Session
-    raw: RawData
-    tokenizer: PreTrainedTokenizerBase
-    sources: RewardSources
-    trust_remote_code: bool
-
-    @property
-    def table(self) -> RoleTable:
-        """The role table of this run."""
-        return method_table(self.recipe)
+ALL_STAGES = ("sft", "reward_model", "hydra_sft", "ppo", "preference", "evaluation")
 
 
 def run_recipe(
@@ -73,9 +54,9 @@ def run_recipe(
     """
     recipe = with_settled_dtype(recipe)
     check_start(recipe)
-    needed = stage1_models(method_table(recipe))
-    if until in STAGE1_TABLES and until not in needed:
-        raise ConfigError(f"method={recipe.method} has no stage {until}; before PPO it has {' and '.join(needed)}")
+    stages = (*stage1_models(method_table(recipe)), STAGE2[recipe.method], "evaluation")
+    if until not in stages:
+        raise ConfigError(f"method={recipe.method} has no stage {until}; it has {', '.join(stages)}")
     with ExitStack() as stack:
         sources = stack.enter_context(
             open_sources(recipe.ppo.reward, model=recipe.model, trust_remote_code=trust_remote_code)
@@ -115,14 +96,15 @@ def with_settled_dtype(recipe: Recipe) -> Recipe:
 
 
 def run_stages(job: Job, last: int) -> None:
-    """Stage 1 models, PPO, evaluation, up to number `last` of `ALL_STAGES`."""
+    """Stage 1 models, stage 2, evaluation, up to number `last` of `ALL_STAGES`."""
+    stage2 = STAGE2[job.recipe.method]
     folders = stage1_folders(job.recipe, job.run)
     for stage in folders:
         job.session.stop.check()
         given = getattr(job.recipe.start, stage)
         if given is None and not job.run.stage_done(stage) and ALL_STAGES.index(stage) <= last:
             train_stage1(job, stage, folders)
-    if last < ALL_STAGES.index("ppo") or (job.run.stage_done("ppo") and job.run.stage_done("evaluation")):
+    if last < ALL_STAGES.index(stage2) or (job.run.stage_done(stage2) and job.run.stage_done("evaluation")):
         return
     job.session.stop.check()
     model = HydraModel.from_stage1(
@@ -135,22 +117,11 @@ def run_stages(job: Job, last: int) -> None:
         logit_tile_bytes=parse_bytes(job.recipe.memory.logit_tile),
     )
     chat, data = prepare_data(job, model)
-    if not job.run.stage_done("ppo"):
+    if not job.run.stage_done(stage2):
         job.sources.prepare()
-        held_out = HeldOut(prompts=data.test_prompts, reward_fn=job.sources, gold=job.raw.gold)
-        train_ppo_stage(
-            job.session,
-            model,
-            chat,
-            data.train_prompts,
-            job.recipe.ppo,
-            seed=job.recipe.seed,
-            reward_fn=job.sources,
-            held_out=held_out,
-            limits=settle_ppo(job.recipe, model, data.train_prompts, job.run),
-        )
-        save_policy(model, job.run.folder / "ppo")
-        job.run.finish_stage("ppo")
+        TRAIN[stage2](job, model, chat, data)
+        save_policy(model, job.run.folder / stage2)
+        job.run.finish_stage(stage2)
     if last >= ALL_STAGES.index("evaluation"):
         evaluate_run(job.session, job.run, model, chat, data, job.raw, reward_fn=job.sources)
 
@@ -184,7 +155,7 @@ def train_stage1(job: Job, stage: str, folders: dict[str, str]) -> None:
         lora=recipe.lora,
         seed=recipe.seed,
         held_out=data.test_pairs,
-        limits=settle_stage1(recipe, model, stage, examples, job.run),
+        limits=settle_supervised(recipe, model, stage, examples, job.run),
     )
     head = model.scalar_head(name, "reward") if "reward" in table else None
     save_stage1(job.run.folder / stage, model.trunk(name), job.tokenizer, head)
@@ -256,7 +227,7 @@ def check_start(recipe: Recipe) -> None:
     trained = [stage for stage in missing if stage != "sft" or start.sft_adapter is None]
     check_quantization(recipe, method_table(recipe), trained, loads_base=bool(missing) and start.sft is None)
     check_start_base(start, recipe.model.path, recipe.model.revision)
-    check_packages(recipe, (*trained, "ppo"))
+    check_packages(recipe, (*trained, STAGE2[recipe.method]))
 
 
 def find_tokenizer(recipe: Recipe, run: Run, raw: RawData, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

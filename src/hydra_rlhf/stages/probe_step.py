@@ -7,11 +7,12 @@ import torch
 from hydra_rlhf.config import DataConfig, PPOConfig, Recipe, SamplingConfig
 from hydra_rlhf.data.formats import TokenizedPrompt, chat_format
 from hydra_rlhf.data.scratch_tokenizer import scratch_tokenizer
+from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.memory.decide import planner_of, workload_of
 from hydra_rlhf.memory.plan import Cuts, total
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.load import pick_device
-from hydra_rlhf.model.roles import method_table, trunks
+from hydra_rlhf.model.roles import STAGE2, method_table, trunks
 from hydra_rlhf.model.shapes import find_config, random_trunk, with_layers
 from hydra_rlhf.runtime.measure import PhaseMemory
 from hydra_rlhf.runtime.tensor_bytes import existing_bytes
@@ -30,8 +31,11 @@ def probe_step(recipe: Recipe, *, trust_remote_code: bool = False) -> dict[str, 
     """Measured over planned bytes of the activations and logits of each phase of stage 2.
 
     Runs `NUM_LAYERS` layers of the model's shape with random weights, on the recipe's device. On CUDA the allocator is
-    asked, which also sees what kernels take for themselves; on the CPU every tensor is counted.
+    asked, which also sees what kernels take for themselves; on the CPU every tensor is counted. Raises `ConfigError`
+    for a method without PPO.
     """
+    if STAGE2[recipe.method] != "ppo":
+        raise ConfigError(f"--probe runs one PPO step, and method={recipe.method} has none; leave it out")
     config = with_layers(find_config(recipe.model, trust_remote_code=trust_remote_code), NUM_LAYERS)
     work = replace(
         workload_of(recipe),

@@ -4,16 +4,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from hydra_rlhf.config import HydraSFTConfig, MemoryConfig, ModelConfig, PPOConfig, Recipe
+from hydra_rlhf.config import (
+    HydraSFTConfig,
+    MemoryConfig,
+    ModelConfig,
+    PPOConfig,
+    PreferenceConfig,
+    Recipe,
+)
 from hydra_rlhf.config_checks import parse_bytes
 from hydra_rlhf.data.formats import TokenizedPrompt
 from hydra_rlhf.errors import ConfigError
 from hydra_rlhf.memory.budget import tensor_budget
-from hydra_rlhf.memory.decide import Decision, decide_ppo, decide_stage1, planner_of, recipe_for, workload_of
+from hydra_rlhf.memory.decide import (
+    Decision,
+    decide_stage1,
+    decide_stage2,
+    planner_of,
+    recipe_for,
+    work_of_stage2,
+    workload_of,
+)
 from hydra_rlhf.memory.measure import count_tensor_bytes
 from hydra_rlhf.memory.plan import Cuts, Phases, Workload
 from hydra_rlhf.model.hydra import HydraModel
-from hydra_rlhf.model.roles import ROLES, STAGE1_ORDER, rows_in_use, stage1_models
+from hydra_rlhf.model.roles import (
+    ROLES,
+    STAGE1_ORDER,
+    STAGE1_TABLES,
+    STAGE2,
+    methods_with,
+    rows_in_use,
+    stage1_models,
+)
 from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.examples import Example, longest
 from hydra_rlhf.stages.limits import StageLimits
@@ -29,10 +52,10 @@ def settle_ppo(recipe: Recipe, model: HydraModel, prompts: Sequence[TokenizedPro
     return settle(recipe, model, "ppo", work, run)
 
 
-def settle_stage1(
+def settle_supervised(
     recipe: Recipe, model: HydraModel, stage: str, examples: Sequence[Example], run: Run | None
 ) -> StageLimits:
-    """Limits of a stage-1 model, as `settle_ppo`."""
+    """Limits of a stage-1 model or of preference training, as `settle_ppo`."""
     prompt, response = longest(examples)
     work = replace(
         workload_of(recipe),
@@ -60,13 +83,18 @@ def settle(recipe: Recipe, model: HydraModel, stage: str, work: Workload, run: R
     cuts = cuts_of(chosen)
     if cuts.checkpointed_layers:
         model.enable_checkpointing(cuts.checkpointed_layers, offload=offload)
-    rows = cuts.rollout_rows if stage == "ppo" else None
+    rows = cuts.rollout_rows if decodes(stage) else None
     return StageLimits(micro_batch_tokens=cuts.micro_batch_tokens, rollout_rows=rows, kept_graphs=cuts.kept_graphs)
+
+
+def decodes(stage: str) -> bool:
+    """Whether responses are sampled in a stage: in every stage 2."""
+    return stage not in STAGE1_TABLES
 
 
 def asked_of(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The settings that a decision was made for: a run that is resumed with others decides again."""
-    rows = {"batch_rows": recipe.ppo.sampling.batch_rows} if stage == "ppo" else {}
+    rows = {"batch_rows": recipe.ppo.sampling.batch_rows} if decodes(stage) else {}
     memory = {name: getattr(recipe.memory, name) for name in ("budget", "checkpointing")}
     return {**memory, "micro_batch_tokens": getattr(recipe, stage).micro_batch_tokens, **rows}
 
@@ -76,22 +104,23 @@ def decide(recipe: Recipe, model: HydraModel, stage: str, work: Workload) -> dic
     trunk = model.trunk(next(iter(model.trunks)))
     settings = getattr(recipe, stage)
     below_rank = trunk.below_rank
-    if stage != "ppo" and below_rank:  # a stage 1 that finds such a set goes on training it
+    if stage in STAGE1_TABLES and below_rank:  # a stage 1 that finds such a set goes on training it
         recipe, below_rank = replace(recipe, lora=replace(recipe.lora, rank=below_rank)), 0
     planner = planner_of(recipe, trunk.model.config, work, optimizer=settings.optimizer, below_rank=below_rank)
     held = count_tensor_bytes([*model.parameters(), *model.buffers()])
     budget = tensor_budget(recipe.memory, model.device, held=held)
-    if stage == "ppo":
-        decision = decide_ppo(planner, recipe, model.table, budget)
-    else:
+    if stage in STAGE1_TABLES:
         decision = decide_stage1(planner, recipe, stage, budget, lora=settings.tuning == "lora")
+    else:
+        decision = decide_stage2(planner, recipe, model.table, budget)
     if not decision.fits and recipe.memory.budget != "auto":
         raise ConfigError(refusal(recipe, stage, decision))
     return decision.as_dict() | {"budget": budget, "workload": asdict(work)}
 
 
 def plan_every_method(recipe: Recipe, model: HydraModel, decided: Mapping[str, Any]) -> dict[str, Phases]:
-    """What each method would hold in each phase of this run, cut as the run's own stages were: {method: phases}.
+    """What each method with this run's kind of stage 2 would hold in each phase of it, cut as its own stages were:
+    {method: phases}.
 
     `decided` is what `PLAN_FILE` holds. Stage 1 is left out where the run had none.
     """
@@ -99,7 +128,9 @@ def plan_every_method(recipe: Recipe, model: HydraModel, decided: Mapping[str, A
     trunk = model.trunk(model.table["actor"].trunk)
     config = trunk.model.config
     planned: dict[str, Phases] = {}
-    for method, table in ROLES.items():
+    stage2 = STAGE2[recipe.method]
+    for method in methods_with(stage2):
+        table = ROLES[method]
         table = rows_in_use(table, with_reward="reward" in model.table, with_critic="critic" in model.table)
         other = recipe_for(recipe, method)
         phases: dict[str, Mapping[str, int]] = {}
@@ -110,10 +141,11 @@ def plan_every_method(recipe: Recipe, model: HydraModel, decided: Mapping[str, A
             planner = planner_of(other, config, work, optimizer=settings.optimizer, below_rank=0)
             lora = settings.tuning == "lora" or other.model.quantization != "none"
             phases[stage] = planner.stage1(stage, cuts_of(known), lora=lora)
-        work = Workload(**decided["ppo"]["workload"])
+        work = Workload(**decided[stage2]["workload"])
         below_rank = trunk.below_rank if other.model.quantization != "none" else 0
-        planner = planner_of(other, config, work, optimizer=other.ppo.optimizer, below_rank=below_rank)
-        planned[method] = phases | planner.ppo(table, cuts_of(decided["ppo"]))
+        optimizer = getattr(other, stage2).optimizer
+        planner = planner_of(other, config, work, optimizer=optimizer, below_rank=below_rank)
+        planned[method] = {**phases, **work_of_stage2(planner, other, table).plan(cuts_of(decided[stage2]))}
     return planned
 
 
@@ -143,18 +175,26 @@ def offloads(memory: MemoryConfig, model: HydraModel) -> bool:
 
 
 def recipe_of(
-    model: HydraModel, memory: MemoryConfig, *, ppo: PPOConfig | None = None, hydra_sft: HydraSFTConfig | None = None
+    model: HydraModel,
+    memory: MemoryConfig,
+    *,
+    method: str = "hydra-ppo",
+    ppo: PPOConfig | None = None,
+    hydra_sft: HydraSFTConfig | None = None,
+    preference: PreferenceConfig | None = None,
 ) -> Recipe:
     """What the plan has to know of a model that is there without a recipe, and of the stage it is to go through."""
     trunk = model.trunk(next(iter(model.trunks)))
     quantization = trunk.quantized.quantization if trunk.quantized is not None else "none"
     dtype = str(trunk.dtype).removeprefix("torch.")
     base: Mapping[str, Any] = {"path": "in-memory", "dtype": dtype, "quantization": quantization}
+    named: Mapping[str, Any] = {"name": "in-memory", "method": method}
     return Recipe(
-        name="in-memory",
+        **named,
         model=ModelConfig(**base),
         lora=model.lora,
         memory=memory,
         ppo=ppo or PPOConfig(),
         hydra_sft=hydra_sft or HydraSFTConfig(),
+        preference=preference or PreferenceConfig(),
     )

@@ -1,17 +1,18 @@
-"""THE supervised loop: SFT, reward model and Hydra-SFT differ only in their examples and their loss.
+"""THE supervised loop: SFT, reward model, Hydra-SFT and preference training differ only in their `Task`.
 
-Stage 1 trains the LoRA-off half of a method's table: the roles `reference` (LM head) and `reward` (reward head).
+Stage 1 trains the LoRA-off half of a method's table: the roles `reference` (LM head) and `reward` (reward head). What
+preference training makes of the loop is in `preference.py`.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from hydra_rlhf.config import LoraConfig, SupervisedConfig
+from hydra_rlhf.config import LoraConfig, SupervisedConfig, SupervisedLoopConfig
 from hydra_rlhf.data.formats import TokenizedPair
 from hydra_rlhf.errors import ConfigError, NonFiniteError
 from hydra_rlhf.evaluation.preferences import evaluate_preferences, mean_chosen_score
@@ -41,6 +42,22 @@ MAX_SKIPPED_IN_A_ROW = 3
 Loss = Callable[[dict[str, RoleOutput], TokenBatch, BatchCounts], LossOutput]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a stage makes of the loop."""
+
+    stage: str
+    parameters: Mapping[str, nn.Parameter]
+    """The tensors that learn, by name."""
+    learning_rate: float
+    """At its peak."""
+    look: Callable[[TokenBatch, Sequence[Example]], dict[str, RoleOutput]]
+    """(micro-batch, the batch it is cut from) -> what every role whose word the loss needs says about it."""
+    loss: Loss
+    evaluate: Callable[[int, StageLimits], dict[str, float]] | None
+    """(step, limits) -> metrics of held-out data; None where there is none."""
+
+
 def train_supervised(
     session: Session,
     model: HydraModel,
@@ -62,44 +79,23 @@ def train_supervised(
     roles = [role for role in ("reference", "reward") if role in model.table]
     refuse_full_tuning(model, roles, config, stage)
     adapter = add_stage1_adapter(model, roles, lora, seed) if config.tuning == "lora" else None
-    parameters = trained_parameters(model, roles, adapter)
-    num_steps = max(1, round(config.num_epochs * len(examples) / config.batch_size))
-    optimizer = build_optimizer(parameters, config, num_steps)
-    first_step, limits = restore(session.begin(stage), parameters, optimizer, limits or StageLimits.of(config))
-    saved_step = first_step
-    with session.progress(stage, num_steps, done=first_step) as progress:
-        for step in range(first_step + 1, num_steps + 1):
-            if session.stop.requested and step - 1 > saved_step:
-                commit(session, stage, step - 1, parameters, optimizer, limits)
-            session.stop.check()
-            watch = Stopwatch(session.memory)
 
-            # Learn: one optimizer step; sums over all micro-batches are divided by the counts of the whole batch.
-            with watch.phase(stage):
-                batch = [examples[row] for row in batch_rows(len(examples), config.batch_size, step - 1, seed, stage)]
-                losses = add_gradients(model, batch, roles, loss, optimizer, limits, adapter=adapter)
-                metrics = step_optimizer(optimizer, losses, stage)
+    def look(micro_batch: TokenBatch, batch: Sequence[Example]) -> dict[str, RoleOutput]:
+        return model.evaluate(micro_batch, roles, lm_mask=lm_mask(micro_batch, batch), adapter_when_off=adapter)
 
-            # Record: log, look at held-out pairs, save.
-            tokens = num_tokens(batch)
-            metrics |= {"train/num_tokens": float(tokens), "train/tokens_per_s": tokens / watch.seconds}
-            if held_out and config.eval_every and due(config.eval_every, step, num_steps):
-                metrics |= evaluate_preferences(
-                    model,
-                    held_out[: config.max_eval_rows],
-                    roles,
-                    limits=limits,
-                    adapter=adapter,
-                )
-            session.log(stage, step, metrics | limits.metrics() | {"time/step_s": watch.seconds})
-            progress.advance(tokens, {"loss": metrics["loss/total"]})
-            if due(config.save_every, step, num_steps):
-                commit(session, stage, step, parameters, optimizer, limits)
-                saved_step = step
-    if optimizer.num_steps == 0:
-        raise NonFiniteError(
-            f"{stage}: no step had a finite loss and gradient; look at the model's weights and the data"
-        )
+    def evaluate(_: int, limits: StageLimits) -> dict[str, float]:
+        rows = held_out[: config.max_eval_rows]
+        return evaluate_preferences(model, rows, roles, limits=limits, adapter=adapter)
+
+    task = Task(
+        stage=stage,
+        parameters=trained_parameters(model, roles, adapter),
+        learning_rate=config.learning_rate or {"full": 1e-5, "lora": 2e-4}[config.tuning],
+        look=look,
+        loss=loss,
+        evaluate=evaluate if held_out else None,
+    )
+    limits = run_loop(session, model, examples, config, task, seed=seed, limits=limits or StageLimits.of(config))
     for name in dict.fromkeys(model.table[role].trunk for role in roles):
         trunk = model.trunk(name)
         if adapter is not None:
@@ -111,6 +107,53 @@ def train_supervised(
         head = model.scalar_head(model.table["reward"].trunk, "reward")
         head.shift(mean_chosen_score(model, pairs, limits=limits))
     model.freeze_except(role for role in TRAINABLE_ROLES if role in model.table)
+
+
+def run_loop(
+    session: Session,
+    model: HydraModel,
+    examples: Sequence[Example],
+    config: SupervisedLoopConfig,
+    task: Task,
+    *,
+    seed: int,
+    limits: StageLimits,
+) -> StageLimits:
+    """The loop: every step learns from one batch. Resumes from the run's newest checkpoint; returns the limits it ended
+    with. Raises `NonFiniteError` after three skipped steps in a row, and where no step could be taken."""
+    stage, parameters = task.stage, task.parameters
+    num_steps = max(1, round(config.num_epochs * len(examples) / config.batch_size))
+    optimizer = build_optimizer(parameters, task.learning_rate, config, num_steps)
+    first_step, limits = restore(session.begin(stage), parameters, optimizer, limits)
+    saved_step = first_step
+    with session.progress(stage, num_steps, done=first_step) as progress:
+        for step in range(first_step + 1, num_steps + 1):
+            if session.stop.requested and step - 1 > saved_step:
+                commit(session, stage, step - 1, parameters, optimizer, limits)
+            session.stop.check()
+            watch = Stopwatch(session.memory)
+
+            # Learn: one optimizer step; sums over all micro-batches are divided by the counts of the whole batch.
+            with watch.phase(stage):
+                batch = [examples[row] for row in batch_rows(len(examples), config.batch_size, step - 1, seed, stage)]
+                losses = add_gradients(model, batch, task, optimizer, limits)
+                metrics = step_optimizer(optimizer, losses, stage)
+
+            # Record: log, look at held-out data, save.
+            tokens = num_tokens(batch)
+            metrics |= {"train/num_tokens": float(tokens), "train/tokens_per_s": tokens / watch.seconds}
+            if task.evaluate is not None and config.eval_every and due(config.eval_every, step, num_steps):
+                metrics |= task.evaluate(step, limits)
+            session.log(stage, step, metrics | limits.metrics() | {"time/step_s": watch.seconds})
+            progress.advance(tokens, {"loss": metrics["loss/total"]})
+            if due(config.save_every, step, num_steps):
+                commit(session, stage, step, parameters, optimizer, limits)
+                saved_step = step
+    if optimizer.num_steps == 0:
+        raise NonFiniteError(
+            f"{stage}: no step had a finite loss and gradient; look at the model's weights and the data"
+        )
+    return limits
 
 
 def refuse_full_tuning(model: HydraModel, roles: Sequence[str], config: SupervisedConfig, stage: str) -> None:
@@ -151,11 +194,12 @@ def trained_parameters(model: HydraModel, roles: Sequence[str], adapter: str | N
     return parameters
 
 
-def build_optimizer(parameters: dict[str, nn.Parameter], config: SupervisedConfig, num_steps: int) -> Optimizer:
-    """AdamW over all of them at one rate: `learning_rate`, or 1e-5 for full tuning and 2e-4 for LoRA."""
-    rate = config.learning_rate or {"full": 1e-5, "lora": 2e-4}[config.tuning]
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], learning_rate: float, config: SupervisedLoopConfig, num_steps: int
+) -> Optimizer:
+    """AdamW over all of them at one rate."""
     return Optimizer(
-        [ParamGroup("all", parameters, rate)],
+        [ParamGroup("all", dict(parameters), learning_rate)],
         betas=config.adam_betas,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -165,21 +209,13 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: SupervisedConfi
 
 
 def add_gradients(
-    model: HydraModel,
-    batch: Sequence[Example],
-    roles: Sequence[str],
-    loss: Loss,
-    optimizer: Optimizer,
-    limits: StageLimits,
-    *,
-    adapter: str | None,
+    model: HydraModel, batch: Sequence[Example], task: Task, optimizer: Optimizer, limits: StageLimits
 ) -> dict[str, float]:
     """Leave one batch's gradients on what `optimizer` trains; returns the batch's losses."""
     counts = count(batch)
 
     def learn(_: list[int], micro_batch: TokenBatch) -> Mapping[str, Tensor]:
-        outputs = model.evaluate(micro_batch, roles, lm_mask=lm_mask(micro_batch, batch), adapter_when_off=adapter)
-        output = loss(outputs, micro_batch, counts)
+        output = task.loss(task.look(micro_batch, batch), micro_batch, counts)
         output.loss.backward()
         return output.metrics | {"loss/total": output.loss.detach()}
 
@@ -194,7 +230,7 @@ def add_gradients(
 
 @torch.no_grad()
 def restore(
-    checkpoint: Checkpoint | None, parameters: dict[str, nn.Parameter], optimizer: Optimizer, limits: StageLimits
+    checkpoint: Checkpoint | None, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, limits: StageLimits
 ) -> tuple[int, StageLimits]:
     """Load a checkpoint, if there is one; returns the number of steps done, and the limits: `limits`, or less."""
     if checkpoint is None:
@@ -209,7 +245,7 @@ def commit(
     session: Session,
     stage: str,
     step: int,
-    parameters: dict[str, nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     optimizer: Optimizer,
     limits: StageLimits,
 ) -> None:
