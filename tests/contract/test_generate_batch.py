@@ -117,6 +117,14 @@ def test_a_prompt_longer_than_a_pass_is_cut(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(continuous, "PASS_TOKENS", 4)
     hydra, batch = actor_model("llama"), tiny_batch()
+    expected, found = respond(hydra, batch, PLAIN), respond(hydra, batch, CONFIG, 2)
+    assert torch.equal(found.batch.tokens, expected.batch.tokens)
+    assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
+
+
+@needs_new_transformers
+def test_one_token_is_a_response():
+    hydra, batch = actor_model("llama"), tiny_batch()
     config = SamplingConfig(max_response_tokens=1, stop_token_ids=(2,))
-    found = respond(hydra, batch, with_engine(config, "generate_batch"), 2)
+    found = respond(hydra, batch, with_engine(config, "generate_batch"), 5)
     assert torch.equal(found.batch.tokens, respond(hydra, batch, config).batch.tokens)

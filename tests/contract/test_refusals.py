@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel
 
 from contract.tiny import chat, ppo_config, prompts, tiny_hydra, tiny_trunk, tokenizer
-from hydra_rlhf.config import DataConfig, ModelConfig, Recipe
+from hydra_rlhf.config import DataConfig, ModelConfig, Recipe, SamplingConfig
 from hydra_rlhf.errors import ConfigError, DataError, Interrupted, ModelError, NonFiniteError
 from hydra_rlhf.model.export import save_stage1
+from hydra_rlhf.model.generate_batch import AVAILABLE
 from hydra_rlhf.model.load import load_trunk
 from hydra_rlhf.model.probe import check_trunk
-from hydra_rlhf.model.generate_batch import AVAILABLE
 from hydra_rlhf.model.sample import sample_tokens
 from hydra_rlhf.model.trunk import Trunk
 from hydra_rlhf.recipes import load_recipe

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -105,12 +106,14 @@ def _serve(manager: ContinuousBatchingManager, sampling: Sampling, rows: Sequenc
 class Draws(ContinuousBatchingLogitsProcessor):
     """Draws a token from each row's logits and leaves nothing else to choose. Called in the manager's thread."""
 
-    supported_kwargs: dict[str, type] = {}
-    ignored_kwargs: tuple[str, ...] = ()
+    supported_kwargs: ClassVar[dict[str, type]] = {}
+    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self.head = GivenLogits(sampling.trunk.lm_head.vocab_size)
+        self.num_rows = 0
+        """Of the logits at hand, how many are rows': behind them come some of prompts that a pass has cut."""
         self.num_steps = 0
         self.error: BaseException | None = None
         """What was raised here: the thread knows only some errors."""
@@ -122,19 +125,25 @@ class Draws(ContinuousBatchingLogitsProcessor):
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Int[Tensor, " n"]:
-        """Which row each request is."""
+        """Which row each request is; called before each forward."""
         rows = [int(request.state.request_id) for request in requests_with_new_token]
+        self.num_rows = len(rows)
         return torch.tensor(rows, dtype=torch.int32)
 
     def __call__(self, scores: Float[Tensor, "n v"], tensor_arg: Int[Tensor, " m"]) -> Float[Tensor, "n v"]:
         """Logits of the next tokens -> 0 at the token that was drawn, -inf elsewhere."""
+        num = self.num_rows
+        if num == 0:
+            return scores
         try:
-            drawn = self._draw(tensor_arg[: len(scores)].long(), scores)
+            drawn = self._draw(tensor_arg[:num].long(), scores[:num])
         except BaseException as error:
             self.error = error
             raise RuntimeError("stopped by what is raised in the caller's thread") from None
         self.num_steps += 1
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
+        only = torch.full_like(scores, -torch.inf)
+        only[:num].scatter_(1, drawn[:, None], 0.0)
+        return only
 
     def _draw(self, rows: Int[Tensor, " n"], scores: Float[Tensor, "n v"]) -> Int[Tensor, " n"]:
         sampling = self.sampling
