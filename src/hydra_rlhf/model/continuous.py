@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -17,9 +16,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from hydra_rlhf.errors import NonFiniteError
+from hydra_rlhf.model import attention
 from hydra_rlhf.model.draw import GivenLogits
-from hydra_rlhf.model.generate_batch import refusal
-from hydra_rlhf.model.sampling import Sampling
+from hydra_rlhf.model.sampling import Sampling, refusal
 from hydra_rlhf.model.trunk import Trunk
 
 PAGE_TOKENS = 16
@@ -30,7 +29,7 @@ PASS_TOKENS = 512
 """Tokens of a forward; longer prompts are cut. The mask has so many rows, and a column per token of the cache."""
 POLL_S = 0.1
 """Between two looks at whether the thread is still there."""
-UNSUPPORTED = (AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
+UNSUPPORTED = (AttributeError, LookupError, TypeError, ValueError)
 """What a family raises whose modelling code does not know the paged cache."""
 LOGGER = logging.getLogger("ContinuousBatchingLogger")
 
@@ -50,7 +49,7 @@ def decode_continuously(sampling: Sampling, rows: Sequence[int], num_rows: int) 
 def _manager(sampling: Sampling, rows: Sequence[int], num_rows: int, draws: "Draws") -> ContinuousBatchingManager:
     """A manager whose cache holds `num_rows` of the longest of these rows, and which draws by `draws` alone."""
     longest = max(sampling.prompt_tokens[row] for row in rows) + sampling.limit
-    manager = sampling.trunk.model.init_continuous_batching(
+    manager = sampling.trunk.model.init_continuous_batching(  # pyright: ignore[reportCallIssue]
         GenerationConfig(
             do_sample=False,
             max_new_tokens=sampling.limit,
@@ -106,10 +105,9 @@ def _serve(manager: ContinuousBatchingManager, sampling: Sampling, rows: Sequenc
 class Draws(ContinuousBatchingLogitsProcessor):
     """Draws a token from each row's logits and leaves nothing else to choose. Called in the manager's thread."""
 
-    supported_kwargs: ClassVar[dict[str, type]] = {}
-    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
-
     def __init__(self, sampling: Sampling) -> None:
+        self.supported_kwargs: dict[str, type] = {}
+        self.ignored_kwargs: tuple[str, ...] = ()
         self.sampling = sampling
         self.head = GivenLogits(sampling.trunk.lm_head.vocab_size)
         self.num_rows = 0
@@ -183,13 +181,12 @@ class Draws(ContinuousBatchingLogitsProcessor):
 
 @contextmanager
 def sdpa(trunk: Trunk) -> Iterator[None]:
-    """Inside the block attention is transformers' `sdpa`, which reads its paged cache; afterwards what it was."""
-    before = trunk.model.config._attn_implementation
+    """Inside the block attention is transformers' `sdpa`, which its paged cache knows; afterwards this project's."""
     try:
         trunk.model.set_attn_implementation("sdpa")
         yield
     finally:
-        trunk.model.set_attn_implementation(before)
+        trunk.model.set_attn_implementation(attention.NAME)
 
 
 @contextmanager

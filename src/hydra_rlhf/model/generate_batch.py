@@ -3,9 +3,8 @@
 import torch
 import transformers
 
-from hydra_rlhf.errors import ModelError
 from hydra_rlhf.model import attention
-from hydra_rlhf.model.sampling import Sampling
+from hydra_rlhf.model.sampling import Sampling, refusal
 
 OLDEST = (5, 24)
 """The first transformers this was tried with; what its continuous batching offers changes from version to version."""
@@ -30,8 +29,3 @@ def generate_batch(sampling: Sampling, num_rows: int) -> None:
     rows = sampling.left()
     if rows:
         decode_continuously(sampling, rows, min(num_rows, len(rows)))
-
-
-def refusal(why: str) -> ModelError:
-    """The error of what this engine cannot do."""
-    return ModelError(f"ppo.sampling.engine=generate_batch: {why}; use ppo.sampling.engine=slots")
