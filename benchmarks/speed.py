@@ -29,7 +29,7 @@ def own_process(script: str) -> Callable[[argparse.Namespace], dict[str, Any]]:
 
     def run(args: argparse.Namespace) -> dict[str, Any]:
         command = [args.hydra_python, str(HERE / script), *(["--quick"] if args.quick else [])]
-        if script == "decode_floor.py":
+        if script in ("decode_floor.py", "decode_engines.py"):
             command += ["--shape", args.shape]
         return last_json(run_measured(command, threads=args.threads).output)
 
@@ -40,6 +40,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "ladder": ladder,
     "scaling": own_process("scaling.py"),
     "decode_floor": own_process("decode_floor.py"),
+    "decode_engines": own_process("decode_engines.py"),
     "unequal_lengths": own_process("unequal_lengths.py"),
 }
 
@@ -50,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to renew parts of")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given more than once")
     parser.add_argument("--quick", action="store_true", help="the smallest form of the parts that measure this project")
-    parser.add_argument("--shape", default="smollm2-135m", help="model of `ladder` and `decode_floor`")
+    parser.add_argument("--shape", default="smollm2-135m", help="model of `ladder` and of what decodes")
     parser.add_argument("--response", type=int, default=64, help="tokens of each response of `ladder`")
     parser.add_argument("--ladder-batch", type=int, default=8, help="sequences per PPO step of `ladder`")
     parser.add_argument("--ladder-repeats", type=int, default=2, help="rounds of `ladder`")

@@ -81,6 +81,28 @@ def decode_floor(part: Mapping[str, Any]) -> str:
     return f"`{part['shape']}`\n\n{markdown(columns, rows)}"
 
 
+def decode_engines(part: Mapping[str, Any]) -> str:
+    """Seconds of a whole rollout with each engine, and against the project's own."""
+    rows = [
+        (
+            row["responses"],
+            f"{row['mean_length']:.0f}",
+            f"`{engine}`",
+            f"{taken['median_s']:.2f}",
+            ", ".join(f"{seconds:.2f}" for seconds in taken["rounds_s"]),
+            f"{taken['median_s'] / row['engines']['slots']['median_s']:.2f} x",
+        )
+        for row in part["rows"]
+        for engine, taken in row["engines"].items()
+    ]
+    columns = ("responses", "mean tokens", "engine", "seconds per rollout, median", "rounds", "of `slots`")
+    settings = part["settings"]
+    return (
+        f"`{part['shape']}`, {settings['prompts']} prompts of {settings['shortest']} to {settings['longest']} tokens, "
+        f"{settings['rows']} rows at a time.\n\n{markdown(columns, rows)}"
+    )
+
+
 def unequal_lengths(part: Mapping[str, Any]) -> str:
     """Time of scoring and updating per token, as padding grows."""
     rows = [
@@ -137,6 +159,7 @@ SPEED_TABLES: Mapping[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] 
     "ladder-time": ("speed", "ladder", ladder),
     "scaling": ("speed", "scaling", scaling),
     "decode-floor": ("speed", "decode_floor", decode_floor),
+    "decode-engines": ("speed", "decode_engines", decode_engines),
     "unequal-lengths": ("speed", "unequal_lengths", unequal_lengths),
     "gpu-methods": ("gpu", "methods", gpu),
     "gpu-nf4": ("gpu", "nf4", gpu),

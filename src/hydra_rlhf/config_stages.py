@@ -100,8 +100,11 @@ class SamplingConfig:
     """Ids that end a response; default: the model's generation config, else the tokenizer's EOS."""
     stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a response as well; what it is judged by is the text before them."""
-    engine: Literal["slots", "generate"] = "slots"
-    """`slots`: this project's decoding; `generate`: that of transformers, slower, with the same draws."""
+    engine: Literal["slots", "generate", "generate_batch"] = "slots"
+    """`slots`: this project's decoding; `generate`, `generate_batch`: those of transformers, with the same draws.
+
+    `generate_batch` (transformers 5.24 or newer) refuses models whose attention cannot read its paged cache.
+    """
     batch_rows: PositiveInt | None = None
     """Responses decoded together, a memory knob only; none = as many of the rollout batch as the memory plan allows."""
 

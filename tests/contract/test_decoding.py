@@ -1,4 +1,4 @@
-"""Decoding in slots and by `generate`, for every family, against a reference that decodes each row alone, no cache."""
+"""Every decode engine, for every family, against a reference that decodes each row alone, no cache."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from contract.tiny import FAMILIES, chat, prompts, randomise_adapters, tiny_hydr
 from hydra_rlhf.config import SamplingConfig
 from hydra_rlhf.model import slots
 from hydra_rlhf.model.draw import restrict
+from hydra_rlhf.model.generate_batch import AVAILABLE
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.sampling import SampledTokens, Sampling
 from hydra_rlhf.model.slots import decode
@@ -20,6 +21,8 @@ from hydra_rlhf.stages.rollout import prompt_batch, sample_responses
 LIMIT = 10
 STOPS = tuple(range(2, 40))
 """Some of the vocabulary, so that rows end at different times."""
+NOT_PAGED = ("opt", "gemma2")
+"""Families that `generate_batch` refuses."""
 PLAIN = SamplingConfig(max_response_tokens=LIMIT, stop_token_ids=STOPS)
 
 
@@ -90,7 +93,10 @@ def test_every_engine_and_number_of_slots_gives_what_each_row_gives_alone(family
     ]
     lengths = {len(ids) for ids, _ in alone}
     assert len(lengths) > 2, "rows should end at different times"
-    for engine, rows in (("slots", None), ("slots", 5), ("slots", 1), ("generate", None), ("generate", 5)):
+    runs = [("slots", None), ("slots", 5), ("slots", 1), ("generate", None), ("generate", 5)]
+    if AVAILABLE and family not in NOT_PAGED:
+        runs.append(("generate_batch", 5))
+    for engine, rows in runs:
         found = respond(hydra, batch, with_engine(config, engine), rows)
         assert found.batch.response_mask.shape[1] == max(lengths)
         for row, (ids, logprobs) in enumerate(alone):
@@ -177,8 +183,15 @@ def test_columns_are_used_again(monkeypatch: pytest.MonkeyPatch):
     assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["slots", "generate"])
-@pytest.mark.parametrize("look_every", [1, 4])
+@pytest.mark.parametrize(
+    ("engine", "look_every"),
+    [
+        ("slots", 1),
+        ("slots", 4),
+        ("generate", 1),
+        pytest.param("generate_batch", 1, marks=pytest.mark.skipif(not AVAILABLE, reason="needs newer transformers")),
+    ],
+)
 def test_a_stop_string_ends_a_response_where_its_text_has_it(engine, look_every, monkeypatch: pytest.MonkeyPatch):
     hydra, batch = actor_model("llama"), tiny_batch(num_prompts=12)
     free = respond(hydra, batch, PLAIN)

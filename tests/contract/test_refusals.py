@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel
 
 from contract.tiny import chat, ppo_config, prompts, tiny_hydra, tiny_trunk, tokenizer
-from hydra_rlhf.config import DataConfig, ModelConfig, Recipe
+from hydra_rlhf.config import DataConfig, ModelConfig, Recipe, SamplingConfig
 from hydra_rlhf.errors import ConfigError, DataError, Interrupted, ModelError, NonFiniteError
 from hydra_rlhf.model.export import save_stage1
+from hydra_rlhf.model.generate_batch import AVAILABLE
 from hydra_rlhf.model.load import load_trunk
 from hydra_rlhf.model.probe import check_trunk
 from hydra_rlhf.model.sample import sample_tokens
@@ -83,7 +84,14 @@ def test_a_setting_given_twice_is_refused(tmp_path: Path):
         load_recipe(tmp_path / "twice.yaml")
 
 
-@pytest.mark.parametrize("engine", ["slots", "generate"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "slots",
+        "generate",
+        pytest.param("generate_batch", marks=pytest.mark.skipif(not AVAILABLE, reason="needs newer transformers")),
+    ],
+)
 def test_logits_that_are_not_finite_are_not_sampled_from(engine):
     trunk = tiny_hydra("hydra-ppo").trunk("hydra")
     with torch.no_grad():

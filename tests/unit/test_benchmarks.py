@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_recipe
+import decode_engines
 import decode_floor
 import gpu_table
 import memory
@@ -29,11 +30,14 @@ import stories
 import story_openings
 import story_rule
 import tables
+import tables_speed
 import unequal_lengths
 
 from hydra_rlhf.cli import build_parser
 from hydra_rlhf.data.formats import TokenizedDemonstration
+from hydra_rlhf.model.generate_batch import AVAILABLE
 from hydra_rlhf.model.roles import methods_with
+from hydra_rlhf.model.sample import ENGINES
 from hydra_rlhf.recipes import load_recipe
 
 PEERS = Path(memory_workload.HERE) / "peers"
@@ -297,6 +301,43 @@ def test_the_floor_is_every_product_of_the_actor():
     for part in (floor.matrices, floor.read_cache, floor.read_logits):
         part()
     decode_floor.decode(model, torch.ones(2, 4, dtype=torch.long), 3)
+
+
+def test_prompts_of_the_engines_are_evenly_spread():
+    work = decode_engines.Workload(prompts=4, shortest=2, longest=8)
+    assert decode_engines.prompt_lengths(work) == [2, 4, 6, 8]
+
+
+def test_engines_beside_each_other_are_those_of_the_project():
+    part = {
+        "shape": "shape:x",
+        "settings": {"prompts": 4, "shortest": 2, "longest": 8, "rows": 2},
+        "rows": [
+            {
+                "responses": "full",
+                "mean_length": 6.0,
+                "engines": {
+                    "slots": {"median_s": 2.0, "rounds_s": [1.0, 2.0, 3.0]},
+                    "generate": {"median_s": 3.0, "rounds_s": [3.0, 3.0, 3.0]},
+                },
+            }
+        ],
+    }
+    table = tables_speed.decode_engines(part)
+    assert "| full | 6 | `slots` | 2.00 | 1.00, 2.00, 3.00 | 1.00 x |" in table
+    assert "| full | 6 | `generate` | 3.00 | 3.00, 3.00, 3.00 | 1.50 x |" in table
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs newer transformers")
+def test_engines_give_the_same_responses_in_turns(capsys: pytest.CaptureFixture):
+    decode_engines.main(["--quick"])
+    full, unequal = json.loads(capsys.readouterr().out)["rows"]
+    assert full["mean_length"] == 6
+    assert 1 <= unequal["mean_length"] < 6
+    for row in (full, unequal):
+        assert set(row["engines"]) == set(ENGINES)
+        assert all(found["same_responses"] == 1.0 for found in row["engines"].values())
+        assert all(len(found["rounds_s"]) == 1 for found in row["engines"].values())
 
 
 def test_share_of_padding():

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hydra_rlhf.config import SamplingConfig
+from hydra_rlhf.errors import ModelError
 from hydra_rlhf.model.draw import GivenLogits, draw_in_tiles
 from hydra_rlhf.model.heads import LMHead
 from hydra_rlhf.model.logprobs import LOGIT_TILE_BYTES
@@ -142,3 +143,8 @@ class Sampling:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """At least float32: what log-probs are kept in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def refusal(why: str) -> ModelError:
+    """The error of what `generate_batch` cannot do."""
+    return ModelError(f"ppo.sampling.engine=generate_batch: {why}; use ppo.sampling.engine=slots")
