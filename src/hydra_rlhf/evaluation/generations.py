@@ -17,6 +17,9 @@ from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.rollout import sequence_kl
 from hydra_rlhf.stages.scoring.reward_sources import Scoring
 
+SHARED = ("prompt_index", "prompt", "kl", "sources")
+"""What is kept of a pair once: the prompt's, and numbers of the actor's response alone."""
+
 
 def respond_with_both(
     model: HydraModel,
@@ -48,10 +51,17 @@ def respond_with_both(
 
 
 def compare_with_reference(
-    actor: Rollout, reference: Rollout, *, gold: GoldFunction | None, num_samples: int, seed: int
+    actor: Rollout,
+    reference: Rollout,
+    *,
+    gold: GoldFunction | None,
+    num_samples: int,
+    seed: int,
+    record: Callable[[Rollout, int], dict[str, Any]],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(summary numbers, samples): win rates of the actor with intervals, scores, gold where there is one, KL, lengths,
-    variety. Ties count half. The numbers of the score are those of the prompts whose two responses could be scored."""
+    variety. Ties count half. The numbers of the score are those of the prompts whose two responses could be scored.
+    `record` is how one response is kept."""
     kl = sequence_kl(actor)
     scores = {"actor": actor.scores.tolist(), "reference": reference.scores.tolist()}
     both = actor.valid & reference.valid
@@ -79,16 +89,9 @@ def compare_with_reference(
             **win_rate_numbers("gold", golds["actor"], golds["reference"], actor, reference, judged, seed=seed),
         }
     samples = [
-        {
-            "prompt_index": i,
-            "prompt": actor.prompts.texts[i],
-            "response": actor.responses[i],
-            "score": scores["actor"][i],
-            "kl": kl[i].item(),
-            "reference_response": reference.responses[i],
-            "reference_score": scores["reference"][i],
-            **({"gold": golds["actor"][i], "reference_gold": golds["reference"][i]} if golds else {}),
-        }
+        record(actor, i)
+        | {f"reference_{key}": value for key, value in record(reference, i).items() if key not in SHARED}
+        | ({"gold": golds["actor"][i], "reference_gold": golds["reference"][i]} if golds else {})
         for i in range(min(num_samples, len(actor.responses)))
     ]
     return summary, samples
