@@ -2,7 +2,9 @@
 const makeCurves = (data, make, show, goToStep) => {
   const strip = document.getElementById("curves-strip");
   if (!strip) return { mark: () => {} };
-  const SVG = "http://www.w3.org/2000/svg";
+  strip.innerHTML = "<svg></svg>";
+  const SVG = strip.firstChild.namespaceURI; // the page names no address, not even that of a standard
+  strip.replaceChildren();
   const [WIDTH, HEIGHT, EDGE] = [180, 56, 4];
   const draw = (name, attributes) => {
     const element = document.createElementNS(SVG, name);
