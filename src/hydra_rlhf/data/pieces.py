@@ -24,8 +24,7 @@ def text_pieces(ids: Sequence[int], text: str, decode: Callable[[Sequence[int]],
 
 def shared_length(begun: str, text: str) -> int:
     """Characters that `begun` and `text` have in common at their start."""
-    for start in (begun, begun.rstrip(BROKEN)):
-        if text.startswith(start):
-            return len(start)
+    if text.startswith(begun):  # nearly always, and far quicker than looking at every character
+        return len(begun)
     differing = (place for place, (ours, theirs) in enumerate(zip(begun, text, strict=False)) if ours != theirs)
     return next(differing, len(text))

@@ -91,11 +91,12 @@ const startInspector = () => {
     row.dataset.index = sample.index;
     row.style.transform = `translateY(${place * ROW}px)`;
     const head = make("div", "row-head");
-    head.append(make("span", "row-step", `step ${sample.step.toLocaleString("en")}`));
+    const gain = sample.gain;
+    if (gain === undefined) head.append(make("span", "", `step ${sample.step.toLocaleString("en")}`));
+    else head.append(make("span", gain > 0 ? "up" : gain < 0 ? "down" : "", `gain ${show(gain, true)}`));
     if (sample.kl !== undefined) head.append(make("span", "", `KL ${show(sample.kl)}`));
     head.append(make("span", "", `${sample.length} ${sample.actor.numTokens ? "tok" : "chars"}`));
-    const score = make("b", sample.gain === undefined ? "" : sample.gain > 0 ? "up" : "down", show(sample.score));
-    head.append(score);
+    head.append(make("b", "", show(sample.score)));
     row.append(head, make("div", "row-text", sample.response.replace(/\s+/g, " ") || "(empty)"));
     return row;
   };
