@@ -49,8 +49,8 @@ def test_samples_carry_what_was_learned_from(method: str):
         # The KL of a response is the sum of its tokens', each written with four digits.
         assert sum(tokens["kl"]) == pytest.approx(sample["kl"], abs=1e-3)
         json.dumps(sample, allow_nan=False)
-    moved = any(change != 0.0 for sample in samples for change in sample["tokens"]["change"])
-    assert moved == (hydra.table["actor"].adapter is not None)
+    moved = max(abs(change) for sample in samples for change in sample["tokens"]["change"])
+    assert (moved > 1e-3) == (hydra.table["actor"].adapter is not None)
 
 
 def test_change_is_the_log_prob_after_the_update_minus_the_one_before():

@@ -33,8 +33,8 @@ LIST = """
 
 
 def shown(value: float) -> str:
-    """A score as the page writes it: three digits and a real minus sign."""
-    return f"{float(f'{value:.3g}'):g}".replace("-", "−")
+    """A score as the page writes it: two decimals and a real minus sign."""
+    return f"{value:.2f}".replace("-", "−")
 
 
 def test_samples_are_sorted_and_filtered(page: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_tokens_are_coloured_by_the_chosen_number(page: Path, tmp_path: Path) ->
         pick("advantage"); seen.absent = [byId("legend-words").textContent, colours(actor()).some(Boolean)];
         set("sample-kind", "rollout"); seen.advantage = colours(actor());
         pick("value"); seen.value = colours(actor()); seen.legend = byId("legend-ends").textContent;
-        seen.paint = getComputedStyle(actor().querySelector(".plus")).backgroundColor;
+        seen.paint = getComputedStyle(actor().querySelector(".plus > .ink")).backgroundColor;
         """,
     )
     # The first pair's response ends by itself: its stop token is shown by name.
@@ -154,7 +154,7 @@ def test_the_keyboard_reaches_everything(page: Path, tmp_path: Path) -> None:
     assert not hidden
     assert record["pieces"][1].replace(" ", "␣") in words
     assert f"token 2 of {len(record['pieces'])} · id {record['ids'][1]}" in words
-    assert shown(record["kl"][1]).replace("−", "") in words
+    assert f"{abs(float(format(record['kl'][1], '.3g'))):g}" in words
     assert "Probability" in words
     assert seen["before"] == record["pieces"][0]
     assert seen["closed"]

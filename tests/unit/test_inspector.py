@@ -200,7 +200,7 @@ def test_curves_beside_the_samples(tmp_path: Path) -> None:
     data = inspector_data(record)
     assert data is not None
     (curve,) = data["curves"]
-    assert (curve["title"], curve["unit"]) == ("KL from the reference", "nats per response")
+    assert (curve["title"], curve["unit"]) == ("KL", "nats per response")
     assert curve["lines"][0]["steps"][-1] == 60
     assert curve["lines"][0]["values"][-1] == 6.0
 

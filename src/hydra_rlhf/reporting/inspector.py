@@ -24,8 +24,16 @@ CONTROL_CHARACTERS = {code: 0x2400 + code for code in range(32) if chr(code) not
 """Control characters are shown as their Unicode pictures."""
 KIND_ORDER = ("evaluation", "held_out", "rollout")
 """Kinds of samples, those first that the page should not lose."""
-STRIP = ("Score", "KL from the reference", "Entropy", "Response length", "Explained variance", "Held back by the clip")
-"""The curves beside the samples, by the titles of the large ones."""
+STRIP = {
+    "Score": "Score",
+    "KL from the reference": "KL",
+    "Entropy": "Entropy",
+    "Response length": "Length",
+    "Explained variance": "Expl. variance",
+    "Held back by the clip": "Clipped",
+}
+"""The curves beside the samples: titles of the large ones, and shorter ones."""
+SPECS = {spec.title: spec for spec in plots.PPO}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +223,9 @@ def strip_curve(record: RunRecord, spec: plots.Lines) -> dict[str, Any] | None:
         if series is not None and key not in plots.SECOND:
             steps, values = plots.group_means(series, MAX_CURVE_POINTS)
             lines.append({"name": name, "steps": steps, "values": [short(value, 4) for value in values]})
-    return known({"title": spec.title, "unit": spec.unit, "floor": spec.floor, "lines": lines}) if lines else None
+    return (
+        known({"title": STRIP[spec.title], "unit": spec.unit, "floor": spec.floor, "lines": lines}) if lines else None
+    )
 
 
 def short(value: float | None, digits: int = DIGITS) -> float | None:

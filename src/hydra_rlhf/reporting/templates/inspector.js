@@ -28,7 +28,7 @@ const startInspector = () => {
   });
 
   const tokens = makeTokens(data, samples);
-  const { make, show } = tokens;
+  const { make, show, showScore } = tokens;
   const curves = makeCurves(data, make, show, (step) => goToStep(step));
 
   // --- which samples ---------------------------------------------------------------------------------------------
@@ -93,10 +93,10 @@ const startInspector = () => {
     const head = make("div", "row-head");
     const gain = sample.gain;
     if (gain === undefined) head.append(make("span", "", `step ${sample.step.toLocaleString("en")}`));
-    else head.append(make("span", gain > 0 ? "up" : gain < 0 ? "down" : "", `gain ${show(gain, true)}`));
-    if (sample.kl !== undefined) head.append(make("span", "", `KL ${show(sample.kl)}`));
+    else head.append(make("span", gain > 0 ? "up" : gain < 0 ? "down" : "", `gain ${showScore(gain, true)}`));
+    if (sample.kl !== undefined) head.append(make("span", "", `KL ${showScore(sample.kl)}`));
     head.append(make("span", "", `${sample.length} ${sample.actor.numTokens ? "tok" : "chars"}`));
-    head.append(make("b", "", show(sample.score)));
+    head.append(make("b", "", showScore(sample.score)));
     row.append(head, make("div", "row-text", sample.response.replace(/\s+/g, " ") || "(empty)"));
     return row;
   };
@@ -136,7 +136,7 @@ const startInspector = () => {
       ...Object.entries(sample.sources || {}).map(([name, value]) => [name, value, false]),
     ].filter(([, value]) => value !== undefined);
     byId("sample-numbers").replaceChildren(
-      ...facts.map(([name, value, sign]) => fact(name, `${show(value, sign)}${name === "KL" ? " nats" : ""}`)),
+      ...facts.map(([name, value, sign]) => fact(name, `${showScore(value, sign)}${name === "KL" ? " nats" : ""}`)),
     );
     tokens.draw(sample);
     curves.mark(sample.step);

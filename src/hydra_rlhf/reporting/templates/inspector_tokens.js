@@ -22,6 +22,8 @@ const makeTokens = (data, samples) => {
     const digits = size === 0 ? "0" : size >= 1000 || size < 0.001 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
     return (sign && value > 0 ? "+" : "") + digits.replace(/-/g, MINUS);
   };
+  const showScore = (value, sign) =>
+    value === undefined ? "–" : ((sign && value > 0 ? "+" : "") + value.toFixed(2)).replace("-", MINUS);
   const percent = (logprob) => {
     const share = 100 * Math.exp(logprob);
     return share >= 99.95 && share < 100 ? "> 99.9 %" : share < 0.01 ? "< 0.01 %" : `${Number(share.toPrecision(3))} %`;
@@ -47,16 +49,21 @@ const makeTokens = (data, samples) => {
     const name = side.names ? side.names[place] : undefined;
     const span = make("span", "token");
     span.dataset.place = place;
+    const ink = make("span", "ink");
     if (piece === "") {
       span.classList.add(/^[<[].*[>\]]$/.test(name || "") && !/^<0x/.test(name) ? "special" : "part");
-      span.textContent = span.classList.contains("special") ? name : "·";
+      ink.textContent = span.classList.contains("special") ? name : "·";
+      span.append(ink);
       return span;
     }
+    // The space before a word stays without colour, so that words stand apart and lines do not end in a stripe.
+    const space = piece.length > 1 && piece[0] === " " ? " " : "";
     // A line break has no width of its own: its mark carries the colour.
-    piece.split(/(\n)/).forEach((part) => {
-      if (part === "\n") span.append(make("span", "break", "↵"));
-      if (part) span.append(part);
+    piece.slice(space.length).split(/(\n)/).forEach((part) => {
+      if (part === "\n") ink.append(make("span", "break", "↵"));
+      if (part) ink.append(part);
     });
+    span.append(space, ink);
     return span;
   };
 
@@ -66,8 +73,8 @@ const makeTokens = (data, samples) => {
     box.setAttribute("aria-label", label);
     const who = make("p", "who");
     who.append(make("b", "", label));
-    const facts = [["score", side.score, false], ["gold", side.gold, false]].filter(([, value]) => value !== undefined);
-    facts.forEach(([name, value]) => who.append(make("span", "", `${name} ${show(value)}`)));
+    const facts = [["score", side.score], ["gold", side.gold]].filter(([, value]) => value !== undefined);
+    facts.forEach(([name, value]) => who.append(make("span", "", `${name} ${showScore(value)}`)));
     if (side.numTokens) who.append(make("span", "", `${side.numTokens} tokens`));
     if (side.ended === false) who.append(make("span", "cut-mark", "cut at the limit"));
     box.append(who);
@@ -83,6 +90,7 @@ const makeTokens = (data, samples) => {
       text.textContent = side.text;
     }
     box.append(text);
+    if (side.pieces) box.append(make("div", "bars"));
     if (side.cut) box.append(make("div", "cut", `${side.cut.toLocaleString("en")} more characters in samples.jsonl`));
     return box;
   };
@@ -90,10 +98,28 @@ const makeTokens = (data, samples) => {
   const sideOf = (text) => sample[text.dataset.side];
   const texts = () => [...byId("sample-pair").querySelectorAll(".text[data-side]")];
 
+  // The same numbers as bars, token by token: where along the response they rise and fall.
+  const drawBars = (text, numbers) => {
+    const bars = text.parentElement.querySelector(".bars");
+    const { centre, limit } = scale() || { centre: 0, limit: 0 };
+    bars.hidden = !numbers || !(limit > 0);
+    if (bars.hidden) return;
+    bars.replaceChildren(
+      ...numbers.map((value, place) => {
+        const bar = make("i", value > centre ? "plus" : "minus");
+        const share = value === null ? 0 : Math.min(1, Math.abs(value - centre) / limit);
+        bar.style.setProperty("--share", share.toFixed(3));
+        bar.dataset.place = place;
+        return bar;
+      }),
+    );
+  };
+
   const paintAll = () => {
     texts().forEach((text) => {
       const numbers = numbersOf(sideOf(text));
       [...text.children].forEach((span, place) => paint(span, numbers ? numbers[place] : null));
+      drawBars(text, numbers);
     });
     if (!quantity) return;
     const { centre, limit } = scale();
@@ -148,7 +174,11 @@ const makeTokens = (data, samples) => {
     tip.style.left = `${Math.max(0, left)}px`;
     tip.style.top = `${below ? at.bottom - frame.top + 6 : at.top - frame.top - tip.offsetHeight - 6}px`;
   };
-  const tokenAt = (target) => (target instanceof Element ? target.closest(".token") : null);
+  const tokenAt = (target) => {
+    const bar = target instanceof Element ? target.closest(".bars > i") : null;
+    if (bar) return bar.parentElement.parentElement.querySelector(".text").children[Number(bar.dataset.place)];
+    return target instanceof Element ? target.closest(".token") : null;
+  };
   const pair = byId("sample-pair");
   pair.addEventListener("mouseover", (event) => { const span = tokenAt(event.target); if (span) point(span); else leave(); });
   pair.addEventListener("mouseleave", leave);
@@ -199,5 +229,5 @@ const makeTokens = (data, samples) => {
     pair.replaceChildren(...sides.map(([key, label]) => sideElement(key, label)));
     paintAll();
   };
-  return { draw, choose, show, make };
+  return { draw, choose, show, showScore, make };
 };
