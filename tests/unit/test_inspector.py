@@ -173,11 +173,12 @@ def test_a_page_of_500_samples_of_128_tokens_stays_under_8_mb(tmp_path: Path) ->
                 name: (values * 128)[:128] if isinstance(values, list) else {} for name, values in row[record].items()
             }
             row[text] = "".join(row[record]["pieces"])
-    record = run_of(tmp_path, rows)
-    data = inspector_data(record)
-    assert data is not None
+    html = render_html(run_of(tmp_path, rows))
+    start = html.index('id="inspector-data">') + len('id="inspector-data">')
+    data = json.loads(html[start : html.index("</script>", start)])
     assert (len(data["samples"]), data["numLeftOut"]) == (500, 0)
-    assert len(render_html(record).encode()) < 8_000_000
+    assert {len(sample["actor"]["pieces"]) for sample in data["samples"]} == {128}
+    assert 2_000_000 < len(html.encode()) < 8_000_000
 
 
 def test_too_many_samples_are_thinned_by_whole_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,9 +111,7 @@ def inspector_data(record: RunRecord) -> dict[str, Any] | None:
             for quantity in QUANTITIES
             if (found := values[quantity.key])
         ],
-        "curves": [
-            curve for spec in plots.PPO if spec.title in STRIP and (curve := strip_curve(record, spec)) is not None
-        ],
+        "curves": [curve for title in STRIP if (curve := strip_curve(record, SPECS[title])) is not None],
     }
 
 
@@ -156,7 +154,7 @@ def side_entry(
             "names": {place: name for place, name in tokens.names.items() if place.isdigit() and int(place) < count},
             "ids": list(tokens.ids[:count]) or None,
             "numTokens": len(tokens.pieces),
-            "numbers": {name: [short(value) for value in values[:count]] for name, values in tokens.numbers.items()},
+            "numbers": {name: short_list(values[:count]) for name, values in tokens.numbers.items()},
         }
     return known(entry | {"cut": len(text) - num_shown or None})
 
@@ -222,18 +220,24 @@ def strip_curve(record: RunRecord, spec: plots.Lines) -> dict[str, Any] | None:
         series = record.series("ppo", key)
         if series is not None and key not in plots.SECOND:
             steps, values = plots.group_means(series, MAX_CURVE_POINTS)
-            lines.append({"name": name, "steps": steps, "values": [short(value, 4) for value in values]})
+            lines.append({"name": name, "steps": steps, "values": short_list(values)})
     return (
         known({"title": STRIP[spec.title], "unit": spec.unit, "floor": spec.floor, "lines": lines}) if lines else None
     )
 
 
 def short(value: float | None, digits: int = DIGITS) -> float | None:
-    """A number with few digits; None for what is not finite. Whole numbers lose their point in JSON."""
-    if value is None or not math.isfinite(value):
-        return None
-    rounded = float(f"{value:.{digits}g}")
-    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e6 else rounded
+    """A number with few digits; None for what is not finite."""
+    return None if value is None else short_list((value,), digits)[0]
+
+
+def short_list(values: Sequence[float], digits: int = DIGITS) -> list[float | None]:
+    """Numbers with few digits, None where not finite. Whole ones lose their point, which JSON does not need."""
+    rounded = (float(f"{value:.{digits}g}") for value in values)
+    return [
+        None if not math.isfinite(value) else int(value) if value.is_integer() and abs(value) < 1e6 else value
+        for value in rounded
+    ]
 
 
 def known(entry: dict[str, Any]) -> dict[str, Any]:

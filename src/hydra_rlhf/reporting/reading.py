@@ -48,7 +48,9 @@ def tokens(value: object) -> Tokens | None:
         names={key: str(name) for key, name in names.items()} if isinstance(names, dict) else {},
         ids=tuple(int(finite(item) or 0) for item in lists.get("ids", ())),
         numbers={
-            key: tuple(math.nan if (found := finite(item)) is None else found for item in entry)
+            key: tuple(
+                float(item) if isinstance(item, float | int) and math.isfinite(item) else math.nan for item in entry
+            )
             for key, entry in lists.items()
             if key not in NOT_NUMBERS
         },

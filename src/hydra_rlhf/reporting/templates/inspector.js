@@ -54,7 +54,7 @@ const startInspector = () => {
   byId("sample-kind").append(...kinds.map((kind) => option(kind, KINDS[kind])));
   if (kinds.length > 1) byId("sample-kind").append(option("all", "all kinds"));
 
-  const filter = () => {
+  const filter = (startOver) => {
     const words = byId("sample-search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const kind = byId("sample-kind").value;
     const keeps = SHOW[byId("sample-show").value];
@@ -77,7 +77,7 @@ const startInspector = () => {
     byId("sample-count").textContent = `${shown.length.toLocaleString("en")} of ${count(kind).toLocaleString("en")} samples`;
     rows.style.height = `${Math.max(1, shown.length) * ROW}px`;
     list.scrollTop = 0;
-    choose(shown.includes(chosen) ? chosen : shown[0] || null);
+    choose(!startOver && shown.includes(chosen) ? chosen : shown[0] || null);
   };
 
   // --- the list: only the rows in view exist -----------------------------------------------------------------------
@@ -152,13 +152,14 @@ const startInspector = () => {
   };
 
   // --- what the reader does ----------------------------------------------------------------------------------------
-  byId("sample-controls").addEventListener("input", filter);
+  // A filter keeps the sample in hand where it can; a new order begins at its top.
+  byId("sample-controls").addEventListener("input", (event) => filter(event.target.id === "sample-order"));
   byId("sample-controls").addEventListener("submit", (event) => event.preventDefault());
   byId("sample-direction").addEventListener("click", () => {
     descending = !descending;
     byId("sample-direction").textContent = descending ? "↓" : "↑";
     byId("sample-direction").setAttribute("aria-label", descending ? "Largest first" : "Smallest first");
-    filter();
+    filter(true);
   });
   list.addEventListener("scroll", drawRows);
   rows.addEventListener("click", (event) => {
@@ -184,5 +185,5 @@ const startInspector = () => {
   });
 
   root.hidden = false;
-  filter();
+  filter(true);
 };
