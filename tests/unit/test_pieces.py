@@ -1,5 +1,7 @@
 """Pieces of a decoded text: they join to it, whatever bytes a token ends in, whatever happens to spaces."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,9 +78,56 @@ def test_a_decoder_that_takes_back_what_it_said_loses_nothing() -> None:
     assert pieces.text_pieces([0, 1, 2, 3], clean([0, 1, 2, 3]), clean) == ["a", "", ".", "b"]
 
 
+def from_the_start(ids) -> list[str]:
+    """The pieces by decoding everything up to each token, however long that takes."""
+    text = decode(ids)
+    ends = [0, *(pieces.shared_length(decode(ids[:count]), text) for count in range(1, len(ids))), len(text)]
+    return [text[start:end] for start, end in pairwise(ends)]
+
+
+def test_long_texts_are_cut_as_from_their_start() -> None:
+    # Tokens 64 and 128, where blocks begin, fall into words here, and into an octopus there.
+    plain = encode("What time do you close? At six. " * 40)
+    odd = encode("🐙" * 60)
+    assert min(len(plain), len(odd)) > 128
+    assert cut(plain) == from_the_start(plain)
+    assert cut(odd[:-1]) == from_the_start(odd[:-1])
+    shifted = [*encode("a"), *odd]
+    assert cut(shifted) == from_the_start(shifted)
+
+
+def test_long_texts_of_a_decoder_that_takes_a_space_off() -> None:
+    def stripped(ids) -> str:
+        return "".join(f" w{i}" for i in ids).removeprefix(" ")
+
+    looked: list[int] = []
+
+    def counted(ids) -> str:
+        looked.append(len(ids))
+        return stripped(ids)
+
+    ids = list(range(200))
+    assert pieces.text_pieces(ids, stripped(ids), counted) == ["w0", *(f" w{i}" for i in ids[1:])]
+    # Four blocks: no token but those at a block's ends is decoded with more than the block and its context.
+    assert sum(length > 64 + 8 for length in looked) <= 2 * 4
+
+
+def test_a_context_that_reads_differently_is_not_trusted() -> None:
+    # Everything from the hundredth token on is in two capitals, but only where the first token is there to say so.
+    def shouting(ids) -> str:
+        return "".join("XX" if ids[0] == 0 and i > 99 else "x" for i in ids)
+
+    ids = list(range(130))
+    assert pieces.text_pieces(ids, shouting(ids), shouting) == ["x"] * 100 + ["XX"] * 30
+
+
 def test_a_decoder_that_changes_its_mind_says_nothing_twice() -> None:
-    said = {1: "ab", 2: "abc", 3: "x", 4: "abcd"}
+    said = {0: "", 1: "ab", 2: "abc", 3: "x", 4: "abcd"}
     assert pieces.text_pieces([0, 1, 2, 3], "abcd", lambda ids: said[len(ids)]) == ["ab", "c", "", "d"]
+
+
+def test_what_no_token_says_belongs_to_the_last() -> None:
+    assert pieces.text_pieces([0, 1], "abc", lambda ids: "ab"[: len(ids)]) == ["a", "bc"]
 
 
 def test_the_space_that_a_response_loses_at_its_front_is_no_piece() -> None:

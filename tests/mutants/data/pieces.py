@@ -1,14 +1,19 @@
 """Mistakes in cutting a text at its tokens: {function: [(what went wrong, source, source with the mistake)]}."""
 
-MAX = "max(shared_length(begun, text), ends[-1] if ends else 0)"
-
 CHANGES = {
     "text_pieces": [
-        ("each prefix lacks its last token", "decode(ids[:count])", "decode(ids[: count - 1])"),
-        ("ends may move backwards", MAX, "shared_length(begun, text)"),
-        ("tokens are decoded alone", MAX, "(ends[-1] if ends else 0) + len(decode(ids[count - 1 : count]))"),
-        ("the rest of the text is lost", "[*ends, len(text)]", "[*ends, ends[-1] if ends else 0]"),
-        ("the first piece starts late", "starts = [0, *ends]", "starts = [min(1, len(text)), *ends]"),
+        ("ends may move backwards", "max(end, ends[-1] if ends else 0)", "end"),
+        ("the rest of the text is lost", "[*ends[:-1], len(text)]", "ends"),
+        ("the first piece starts late", "starts = [0, *ends[:-1]]", "starts = [min(1, len(text)), *ends[:-1]]"),
+        ("blocks overlap", "range(0, len(ids), BLOCK)", "range(0, len(ids), BLOCK - 1)"),
+        ("a block ends early", "min(start + BLOCK, len(ids))", "min(start + BLOCK - 1, len(ids))"),
+    ],
+    "block_ends": [
+        ("no shift", "shift = len(all_before) - len(before)", "shift = 0"),
+        ("another text is trusted", "is_same and text", "text"),
+        ("every block from the start", "if is_same and", "if not is_same and"),
+        ("no context", "max(0, start - CONTEXT)", "start"),
+        ("each prefix lacks its last token", "decode(ids[first:count])", "decode(ids[first : count - 1])"),
     ],
     "shared_length": [
         ("only whole agreement counts", "next(differing, len(text))", "0"),
