@@ -199,7 +199,7 @@ class PPOConfig(OptimizerConfig):
     save_every: Count = 10
     """PPO steps between checkpoints; 0 = only at the end."""
     num_logged_samples: Count = 4
-    """Rollout samples written to samples.jsonl each step."""
+    """Rollout samples written to samples.jsonl each step, with their tokens; the actor looks at them once more."""
     __post_init__ = check_ppo
 
     @property

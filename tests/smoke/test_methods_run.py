@@ -127,6 +127,25 @@ def test_every_method_runs_from_data_to_report(method: str, tmp_path: Path) -> N
     assert set(counted) == set(ROLES)
 
 
+def test_kept_samples_have_their_tokens(hydra_run: Path) -> None:
+    samples = [json.loads(line) for line in (hydra_run / "samples.jsonl").read_text().splitlines()]
+    numbers = {
+        "rollout": {"logprob", "kl", "value", "advantage", "reward", "change"},
+        "held_out": {"logprob", "kl", "value"},
+        "evaluation": {"logprob", "kl", "value"},
+    }
+    assert {sample["kind"] for sample in samples} == set(numbers)
+    for sample in samples:
+        for side in ("", "reference_") if sample["kind"] == "evaluation" else ("",):
+            tokens = sample[f"{side}tokens"]
+            assert "".join(tokens["pieces"]) == sample[f"{side}response"]
+            assert set(tokens) - {"ids", "pieces", "names"} == numbers[sample["kind"]]
+            assert {len(entry) for name, entry in tokens.items() if name != "names"} == {len(tokens["ids"])}
+        assert sum(sample["tokens"]["kl"]) == pytest.approx(sample["kl"], abs=1e-3)
+    # What the update did: in the first step the actor is the reference, so `change` is all there is between them then.
+    assert any(change for sample in samples if sample["kind"] == "rollout" for change in sample["tokens"]["change"])
+
+
 def test_the_logged_metrics_are_the_documented_ones(hydra_run: Path, separate_run: Path) -> None:
     """Every run of this file logs documented keys only (see `run`); these two log all of them but CUDA's, that of a
     single pass, which their two epochs have not (`tests/contract/test_one_pass.py` has it), that of groups

@@ -277,6 +277,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str, str]] = []
         self.text = ""
+        self.data = "{}"
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -284,7 +285,14 @@ class Page(HTMLParser):
         self.attributes += [(tag, name, value or "") for name, value in attrs]
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.tags and self.tags[-1] == "script" and data.startswith("{"):
+            self.data = data
+        else:
+            self.text += data
+
+    def inspected(self) -> dict[str, Any]:
+        """What the inspector reads."""
+        return json.loads(self.data)
 
     def values(self, name: str) -> list[str]:
         """Every value of an attribute, in page order."""
@@ -436,10 +444,10 @@ def test_a_run_that_was_killed_gets_a_report(tmp_path: Path) -> None:
         file.write('{"stage": "ppo", "step": 61, "score/me')
     record = read_run(folder)
     assert record.problems == ()  # a cut last line is what a kill leaves
-    page = Page(render_html(record)).text
-    assert "not finished" in page
-    assert "response of step 2" in page
-    assert "response of step 1" not in page
+    page = Page(render_html(record))
+    assert "not finished" in page.text
+    kept = page.inspected()["samples"]
+    assert [sample["actor"]["text"] for sample in kept] == ["response of step 1", "response of step 2"]
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
@@ -463,11 +471,12 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_hostile_sample_text_is_shown_as_text(html: str) -> None:
     page = Page(html)
-    assert page.tags.count("script") == 1
+    assert page.tags.count("script") == 2  # the data, and the code
     assert "img" not in page.tags
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
-    assert page.text.count(HOSTILE) == 3  # prompt and both responses
-    assert "bell ␇ and null ␀" in page.text
+    hostile, odd = page.inspected()["samples"][1:3]
+    assert [hostile["prompt"], hostile["actor"]["text"], hostile["reference"]["text"]] == [HOSTILE] * 3
+    assert odd["reference"]["text"] == "bell ␇ and null ␀"
 
 
 def test_hostile_text_in_every_other_file_is_shown_as_text(tmp_path: Path) -> None:
@@ -488,7 +497,7 @@ def test_hostile_text_in_every_other_file_is_shown_as_text(tmp_path: Path) -> No
     (folder / "memory.json").write_text(json.dumps(memory))
     write_lines(folder / "metrics.jsonl", [{"stage": name, "step": 1, name: 1.0, "loss/total": "nan"}])
     page = Page(render_html(read_run(folder)))
-    assert page.tags.count("script") == 1
+    assert page.tags.count("script") == 2
     assert page.text.count("<script>bad()</script>{{ 7 * 7 }}") > 10
     markdown = (render_report(folder).parent / "report.md").read_text("utf-8")
     outside_blocks = re.sub(r"^(`{3,}).*?^\1$", "", markdown, flags=re.M | re.S)
@@ -522,37 +531,15 @@ def test_ids_are_unique_and_references_lead_somewhere(html: str) -> None:
     assert {name for names in used for name in names if name} <= set(ids)
 
 
-def test_long_responses_are_cut_with_a_note(html: str, run_folder: Path) -> None:
+def test_long_responses_are_cut_with_a_note(html: str) -> None:
     # 10,000 characters, of which 4,000 are shown in the page.
-    assert "6,000 more characters in samples.jsonl" in html
-    assert "long " * 800 in html
-    assert "long " * 801 not in html
+    long = Page(html).inspected()["samples"][2]["actor"]
+    assert (long["text"], long["cut"]) == ("long " * 800, 6000)
 
 
-def test_without_its_script_the_page_shows_every_sample_and_no_controls(html: str) -> None:
-    articles = re.findall(r"<article [^>]*>", html)
-    assert len(articles) == 32
-    assert not any("hidden" in article for article in articles)
-    assert re.search(r'<div class="controls" id="sample-controls" hidden>', html)
-
-
-def test_the_page_stays_under_5_mb(tmp_path: Path) -> None:
-    folder = make_run_folder(tmp_path / "run", num_samples=500, few_curves=True)
-    page = render_report(folder)
-    assert page.stat().st_size < 5_000_000
-    assert page.read_text("utf-8").count("<article ") == 500
-    # Five bytes for each of 500 * 3 * 9,000 characters: only a part can be shown, and the page says so.
-    row = sample_rows(random.Random(0), 1)[0] | {
-        "prompt": "&" * 9000,
-        "response": "&" * 9000,
-        "reference_response": "&" * 9000,
-    }
-    write_lines(folder / "samples.jsonl", [row] * 500)
-    page = render_report(folder)
-    num_shown = page.read_text("utf-8").count("<article ")
-    assert 40 < num_shown < 500
-    assert page.stat().st_size < 5_000_000
-    assert f"{500 - num_shown} further samples are in samples.jsonl" in page.read_text("utf-8")
+def test_without_its_script_the_page_says_where_the_samples_are(html: str) -> None:
+    assert re.search(r'<div class="inspector" id="inspector"[^>]* hidden>', html)
+    assert re.search(r"<noscript>.*samples\.jsonl.*</noscript>", html)
 
 
 def test_text_that_utf8_cannot_hold_does_not_stop_the_report(tmp_path: Path) -> None:
@@ -579,7 +566,7 @@ def test_a_healthy_run_has_no_warnings(record: RunRecord, html: str) -> None:
         ("response/tokens_mean", [20.0, 31.0], "Responses became much longer"),
         ("response/tokens_mean", [20.0, 9.0], "Responses became much shorter"),
         ("response/eos_frac", [0.99, 0.7], "do not end by themselves"),
-        ("ppo/explained_variance", [0.5, -0.1], "critic is worse than a constant"),
+        ("ppo/explained_variance", [0.5, -0.1], "critic is no better than a constant"),
         ("ppo/clip_frac", [0.1, 0.4], "clip holds back"),
         ("optim/skipped_steps", [0.0, 2.0], "Optimizer steps were skipped"),
         ("memory/retries", [0.0, 1.0], "Memory ran out"),

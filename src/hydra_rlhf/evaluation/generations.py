@@ -12,13 +12,15 @@ from hydra_rlhf.evaluation.statistics import pair_outcomes, win_rate, win_rate_i
 from hydra_rlhf.evaluation.texts import distinct_n
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.records import Rollout
-from hydra_rlhf.stages.held_out import GoldFunction, sample_and_score, score_of
+from hydra_rlhf.stages.held_out import GoldFunction, sample_and_score
 from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.rollout import sequence_kl
 from hydra_rlhf.stages.scoring.reward_sources import Scoring
 
 NO_SCORES = {"score_mean": None, "reference_score_mean": None, "score_win_rate": None}
 """Of a run in which nothing scores."""
+SHARED = ("prompt_index", "prompt", "kl", "sources")
+"""What is kept of a pair once: the prompt's, and numbers of the actor's response alone."""
 
 
 def respond_with_both(
@@ -51,11 +53,17 @@ def respond_with_both(
 
 
 def compare_with_reference(
-    actor: Rollout, reference: Rollout, *, gold: GoldFunction | None, num_samples: int, seed: int
+    actor: Rollout,
+    reference: Rollout,
+    *,
+    gold: GoldFunction | None,
+    num_samples: int,
+    seed: int,
+    record: Callable[[Rollout, int], dict[str, Any]],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(summary numbers, samples): win rates of the actor with intervals, scores, gold where there is one, KL, lengths,
     variety. Ties count half. The numbers of the score are those of the prompts whose two responses could be scored, and
-    None where nothing scores."""
+    None where nothing scores. `record` is how one response is kept."""
     kl = sequence_kl(actor)
     scored = score_numbers(actor, reference, seed=seed) if actor.is_scored else NO_SCORES
     summary: dict[str, Any] = {
@@ -80,16 +88,9 @@ def compare_with_reference(
             **win_rate_numbers("gold", golds["actor"], golds["reference"], actor, reference, judged, seed=seed),
         }
     samples = [
-        {
-            "prompt_index": i,
-            "prompt": actor.prompts.texts[i],
-            "response": actor.responses[i],
-            "score": score_of(actor, i),
-            "kl": kl[i].item(),
-            "reference_response": reference.responses[i],
-            "reference_score": score_of(reference, i),
-            **({"gold": golds["actor"][i], "reference_gold": golds["reference"][i]} if golds else {}),
-        }
+        record(actor, i)
+        | {f"reference_{key}": value for key, value in record(reference, i).items() if key not in SHARED}
+        | ({"gold": golds["actor"][i], "reference_gold": golds["reference"][i]} if golds else {})
         for i in range(min(num_samples, len(actor.responses)))
     ]
     return summary, samples

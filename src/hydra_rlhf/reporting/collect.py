@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from hydra_rlhf.errors import CheckpointError
 from hydra_rlhf.model.roles import ROLES, Role, RoleTable, rows_in_use
+from hydra_rlhf.reporting.reading import finite, interval, number, tokens, verdicts
 from hydra_rlhf.reporting.record import (
     Decision,
     Interval,
@@ -23,6 +24,7 @@ from hydra_rlhf.reporting.record import (
     Series,
     Split,
     Summary,
+    Tokens,
 )
 
 RUN_FILES = (
@@ -53,7 +55,7 @@ def read_run(folder: Path) -> RunRecord:
     problems += [
         f"summary.json: {key} is {item}; it is left out"
         for key, item in summary.items()
-        if number(item) is not None and _finite(item) is None
+        if number(item) is not None and finite(item) is None
     ]
     memory = _object(folder / "memory.json", problems)
     # memory.json is written at the end; the decisions are there from the start of each stage.
@@ -82,6 +84,7 @@ def read_run(folder: Path) -> RunRecord:
         measured={phase: _numbers(row) for phase, row in _mapping(memory.get("measured")).items()},
         splits=tuple(_fill(Split, row, name=name) for name, row in _object(folder / "data.json", problems).items()),
         summary=_fill(Summary, summary),
+        verdicts=verdicts(folder, problems),
         problems=tuple(problems),
     )
 
@@ -100,7 +103,7 @@ def _decision(stage: str, row: Mapping[str, Any]) -> Decision:
     return Decision(
         stage=stage,
         fits=row.get("fits") is True,
-        budget=_finite(row.get("budget")) or 0.0,
+        budget=finite(row.get("budget")) or 0.0,
         chosen=_fill(Option, row),
         options=tuple(_fill(Option, option) for option in options) if isinstance(options, list) else (),
         phases=_phases(row.get("phases")),
@@ -121,13 +124,6 @@ def _own_plan(method: str | None, decisions: tuple[Decision, ...]) -> dict[str, 
     return {method: phases} if method is not None and phases else {}
 
 
-def number(value: object) -> float | None:
-    """A float from JSON, where non-finite ones are the words "nan", "inf" and "-inf"; None for anything else."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else None
-
-
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
@@ -136,19 +132,9 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _finite(value: object) -> float | None:
-    found = number(value)
-    return found if found is not None and math.isfinite(found) else None
-
-
-def _interval(value: object) -> Interval | None:
-    ends = [_finite(end) for end in value] if isinstance(value, list) else []
-    return (ends[0], ends[1]) if len(ends) == 2 and ends[0] is not None and ends[1] is not None else None
-
-
 def _numbers(value: object) -> dict[str, float]:
     """The finite numbers of an object."""
-    return {key: found for key, item in _mapping(value).items() if (found := _finite(item)) is not None}
+    return {key: found for key, item in _mapping(value).items() if (found := finite(item)) is not None}
 
 
 def _recipe(path: Path, problems: list[str]) -> tuple[str | None, Mapping[str, Any]]:
@@ -212,10 +198,12 @@ def _curves(path: Path, problems: list[str]) -> dict[str, dict[str, Series]]:
 READERS: Mapping[Any, Callable[[object], Any]] = {
     str: lambda value: "" if value is None else str(value),
     str | None: _text,
-    int: lambda value: int(_finite(value) or 0),
-    float: lambda value: _finite(value) or 0.0,
-    float | None: _finite,
-    Interval | None: _interval,
+    int: lambda value: int(finite(value) or 0),
+    float: lambda value: finite(value) or 0.0,
+    float | None: finite,
+    Interval | None: interval,
+    bool | None: lambda value: value if isinstance(value, bool) else None,
+    Tokens | None: tokens,
     Mapping[str, float]: _numbers,
 }
 """How a field of each type is read from JSON; what is not of that type counts as missing."""

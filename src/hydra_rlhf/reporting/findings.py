@@ -4,6 +4,7 @@ The limits of the warnings are those of the "healthy" columns of docs/metrics.md
 """
 
 import math
+import statistics
 from collections.abc import Callable
 
 from hydra_rlhf.model.roles import STAGE2
@@ -16,6 +17,13 @@ from hydra_rlhf.reporting.tables import (
     format_number,
     format_score,
     format_share,
+)
+from hydra_rlhf.reporting.training_findings import (
+    judges_disagree,
+    kl_explodes,
+    source_falls,
+    variety_falls,
+    wins_by_length,
 )
 
 MAX_KL = 20.0
@@ -118,11 +126,11 @@ def _gold_falls(record: RunRecord) -> Finding | None:
     )
 
 
-def _large_kl(record: RunRecord) -> Finding | None:
+def _kl_is_off(record: RunRecord) -> Finding | None:
     ends = _ends(record.series("ppo", "kl/reference"))
     kl = record.summary.kl if record.summary.kl is not None else ends[1] if ends else 0.0
     if kl <= MAX_KL:
-        return None
+        return kl_explodes(record)
     return Finding(
         title=f"KL is above {MAX_KL:.0f} nats per response",
         text=f"The actor ends {format_number(kl)} nats from the reference; the reward saw no such text in training.",
@@ -191,12 +199,18 @@ def _few_end(record: RunRecord) -> Finding | None:
 
 def _useless_critic(record: RunRecord) -> Finding | None:
     series = record.series("ppo", "ppo/explained_variance")
-    ends = _ends(series)
-    if series is None or ends is None or ends[1] >= 0 or series.steps[-1] < MIN_CRITIC_STEPS:
+    has_critic = not record.roles or "critic" in record.roles
+    if series is None or not has_critic or series.steps[-1] < MIN_CRITIC_STEPS:
+        return None
+    values = [value for _, value in series.finite()]
+    # The median, because one step with hardly any variance in its returns can throw the share far below zero.
+    last = statistics.median(values[len(values) - math.ceil(len(values) / 10) :])
+    if last > 0:
         return None
     return Finding(
-        title="The critic is worse than a constant",
-        text=f"Explained variance ends at {format_number(ends[1])}; below 0 the values add noise to the advantages.",
+        title="The critic is no better than a constant",
+        text=f"The median of its explained variance over the last tenth of the steps is {format_number(last)}; at 0 "
+        "values say nothing, and below they add noise to the advantages.",
         remedy="Set ppo.critic_warmup_steps, raise ppo.critic_learning_rate or ppo.rollout_batch_size.",
     )
 
@@ -231,10 +245,14 @@ def _many_cut(record: RunRecord) -> Finding | None:
 CHECKS: tuple[Callable[[RunRecord], Finding | None], ...] = (
     _not_finite,
     _gold_falls,
-    _large_kl,
+    judges_disagree,
+    _kl_is_off,
     _entropy_collapses,
+    variety_falls,
     _no_better,
+    source_falls,
     _reward_is_length,
+    wins_by_length,
     _length_drifts,
     _few_end,
     _useless_critic,

@@ -2,6 +2,7 @@
 
 import re
 
+from hydra_rlhf.reporting.evaluation_tables import evaluation_table, sides_table, verdicts_table
 from hydra_rlhf.reporting.findings import find_problems
 from hydra_rlhf.reporting.memory_tables import (
     decisions_table,
@@ -45,6 +46,7 @@ def render_markdown(record: RunRecord) -> str:
         ]
     for title, tables in (
         ("What was run", (roles_table(record), stages_table(record))),
+        ("Evaluation", tuple(table(record) for table in (evaluation_table, sides_table, verdicts_table))),
         ("Memory", tuple(table(record) for table in MEMORY_TABLES)),
         ("Data", (data_table(record),)),
         ("Environment", environment_tables(record)),

@@ -1,13 +1,14 @@
 """The report's pictures: which metrics are drawn together, in which units, and what to look for."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from hydra_rlhf.reporting.record import RunRecord, Series
 from hydra_rlhf.reporting.svg import BLUE, GREEN, MUTED, ORANGE, draw_svg
 from hydra_rlhf.reporting.tables import format_number
+from hydra_rlhf.reporting.training_findings import MEAN, source_names
 
 MAX_POINTS = 500
 """A longer series is drawn as means of equal groups of steps."""
@@ -144,8 +145,22 @@ def stage1_charts(record: RunRecord, stage: str) -> list[Chart]:
 
 def ppo_charts(record: RunRecord) -> list[Chart]:
     """Score, gold, KL and the diagnostics of PPO, then its seconds per phase."""
-    charts = [line_chart(record, "ppo", spec, "PPO step") for spec in PPO]
+    charts = [line_chart(record, "ppo", spec, "PPO step") for spec in (*PPO, *source_lines(record))]
     return [chart for chart in (*charts, time_chart(record)) if chart is not None]
+
+
+def source_lines(record: RunRecord) -> list[Lines]:
+    """A chart for each source of the reward, where there are several."""
+    names = source_names(record)
+    return [
+        Lines(
+            title=f"Source “{name}”",
+            unit="as the source",
+            lines=((MEAN.replace("NAME", name), "mean"),),
+            caption="Its own scores in the rollouts, before normalisation and weight.",
+        )
+        for name in (names if len(names) > 1 else [])
+    ]
 
 
 def time_chart(record: RunRecord) -> Chart | None:
@@ -165,32 +180,22 @@ def time_chart(record: RunRecord) -> Chart | None:
         else:
             colors = [color for _, color, _ in found]
             axes.stackplot(steps, stacked, labels=[name for name, _, _ in found], colors=colors, linewidth=0)
-        _label(axes, "PPO step", "seconds", steps=set(steps))
+        label_axes(axes, "PPO step", "seconds", steps=set(steps))
         axes.set_ylim(bottom=0)
 
     caption = "Stacked: sampling, all roles on the responses, learning."
     return Chart(key="ppo-time", title="Seconds per step", caption=caption, svg=draw_svg(draw, "ppo-time", caption))
 
 
-def score_histograms(record: RunRecord) -> list[Chart]:
-    """Score (and gold) of the final comparison's samples, reference against actor."""
-    samples = [sample for sample in record.samples if sample.kind == "evaluation"]
-    scores = [(s.reference_score, s.score) for s in samples if s.reference_score is not None and s.score is not None]
-    golds = [(s.reference_gold, s.gold) for s in samples if s.reference_gold is not None and s.gold is not None]
-    return [
-        _histogram(pairs, key=key, title=title, unit=unit)
-        for pairs, key, title, unit in (
-            (scores, "histogram-score", "Score before and after", "score, no unit"),
-            (golds, "histogram-gold", "Gold score before and after", "gold score, no unit"),
-        )
-        if pairs
-    ]
-
-
 def thin(series: Series) -> tuple[list[int], list[float]]:
-    """Steps and values with at most `MAX_POINTS` points, each the mean of a group; NaN where a value is not finite."""
+    """Steps and values with at most `MAX_POINTS` points."""
+    return group_means(series, MAX_POINTS)
+
+
+def group_means(series: Series, max_points: int) -> tuple[list[int], list[float]]:
+    """Steps and values with at most so many points, each the mean of a group; NaN where a value is not finite."""
     values = [value if math.isfinite(value) else math.nan for value in series.values]
-    size = math.ceil(len(values) / MAX_POINTS)
+    size = math.ceil(len(values) / max_points)
     groups = [slice(start, start + size) for start in range(0, len(values), size)]
     return [series.steps[group][-1] for group in groups], [sum(values[group]) / len(values[group]) for group in groups]
 
@@ -208,7 +213,7 @@ def line_chart(record: RunRecord, stage: str, spec: Lines, step_name: str) -> Ch
             is_sparse = key.startswith("eval/") or len(series.steps) < 3
             color = ORANGE if key.startswith("eval/") else GREEN if key in SECOND else BLUE
             axes.plot(*thin(series), label=name, color=color, marker="o" if is_sparse else None)
-        _label(axes, step_name, spec.unit, steps=set().union(*(series.steps for _, _, series in found)))
+        label_axes(axes, step_name, spec.unit, steps=set().union(*(series.steps for _, _, series in found)))
         if spec.floor is not None and axes.get_ylim()[0] < spec.floor:
             axes.set_ylim(bottom=spec.floor, top=max(axes.get_ylim()[1], spec.floor + 1))
 
@@ -219,32 +224,13 @@ def line_chart(record: RunRecord, stage: str, spec: Lines, step_name: str) -> Ch
     )
 
 
-def _histogram(pairs: Sequence[tuple[float, float]], *, key: str, title: str, unit: str) -> Chart:
-    before, after = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    means = (sum(before) / len(pairs), sum(after) / len(pairs))
-    low, high = min(before + after), max(before + after)
-    num_bins = max(8, min(24, round(math.sqrt(len(pairs)) * 2)))
-    edges = [low + (high - low or 1.0) * i / num_bins for i in range(num_bins + 1)]
-
-    def draw(axes: Any) -> None:
-        for values, mean, name, color in ((before, means[0], "reference", MUTED), (after, means[1], "actor", BLUE)):
-            axes.hist(values, bins=edges, color=color, alpha=0.28, linewidth=0)
-            axes.hist(values, bins=edges, color=color, histtype="step", linewidth=1.6, label=name)
-            axes.axvline(mean, color=color, linestyle=(0, (4, 3)), linewidth=1.4)
-        _label(axes, unit, "responses", counts=True)
-
-    words = (
-        f"Means (dashed): reference {format_number(means[0])}, actor {format_number(means[1])}; {len(pairs)} prompts."
-    )
-    return Chart(key=key, title=title, caption=words, svg=draw_svg(draw, key, words))
-
-
 def _from_to(series: Series) -> str:
     (first, start), (last, end) = series.finite()[0], series.finite()[-1]
     return f"{format_number(start)} at step {first}, {format_number(end)} at step {last}"
 
 
-def _label(axes: Any, x: str, y: str, *, steps: Collection[int] = (), counts: bool = False) -> None:
+def label_axes(axes: Any, x: str, y: str, *, steps: Collection[int] = (), counts: bool = False) -> None:
+    """Names of the axes, few ticks at round numbers, a legend above where there is more than one line."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(x)

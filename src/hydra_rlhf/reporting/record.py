@@ -35,6 +35,20 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """The tokens of one response, with what roles and learning said of each (docs/metrics.md, Samples)."""
+
+    pieces: tuple[str, ...]
+    """What each token adds to the text; they join to the response."""
+    names: Mapping[str, str]
+    """Names of tokens that their piece does not show, by position."""
+    ids: tuple[int, ...]
+    """Ids in the vocabulary; empty where they were not kept."""
+    numbers: Mapping[str, tuple[float, ...]]
+    """One number per token, by name; NaN where it is not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One response kept as text; `reference_*` only in the final comparison (kind `evaluation`)."""
 
@@ -51,6 +65,13 @@ class Sample:
     reference_score: float | None
     gold: float | None
     reference_gold: float | None
+    ended: bool | None = None
+    """Whether the response ends by itself, and not at the length limit."""
+    reference_ended: bool | None = None
+    sources: Mapping[str, float] = field(default_factory=dict)
+    """What each source of the reward says of the response, where there are several."""
+    tokens: Tokens | None = None
+    reference_tokens: Tokens | None = None
 
     @property
     def gain(self) -> float | None:
@@ -129,6 +150,21 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What one judge of `hydra-rlhf eval --judge` says of the actor against its start."""
+
+    file: str
+    """The evaluation's file in the run folder."""
+    judge: str
+    rate: float
+    """Share of prompts where the actor wins, ties half."""
+    interval: Interval | None
+    controlled_rate: float | None
+    """The same at equal length."""
+    controlled_interval: Interval | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """The few numbers of a finished run (docs/metrics.md, Summary); None where they do not apply."""
 
@@ -136,13 +172,19 @@ class Summary:
     num_prompts: float | None = None
     gold_win_rate: float | None = None
     gold_win_rate_ci: Interval | None = None
+    gold_length_controlled_win_rate: float | None = None
+    gold_length_controlled_win_rate_ci: Interval | None = None
     score_win_rate: float | None = None
     score_win_rate_ci: Interval | None = None
+    score_length_controlled_win_rate: float | None = None
+    score_length_controlled_win_rate_ci: Interval | None = None
     reward_accuracy: float | None = None
+    reward_accuracy_ci: Interval | None = None
     longer_wins_accuracy: float | None = None
     gold_accuracy: float | None = None
     perplexity: float | None = None
     calibration_error: float | None = None
+    calibration_error_ci: Interval | None = None
     kl: float | None = None
     score_mean: float | None = None
     reference_score_mean: float | None = None
@@ -151,6 +193,10 @@ class Summary:
     response_tokens_mean: float | None = None
     reference_response_tokens_mean: float | None = None
     eos_frac: float | None = None
+    distinct_1: float | None = None
+    distinct_2: float | None = None
+    reference_distinct_1: float | None = None
+    reference_distinct_2: float | None = None
     peak_rss_bytes: float | None = None
     wall_s: float | None = None
 
@@ -187,6 +233,8 @@ class RunRecord:
     """Measured bytes, {phase: {what: bytes}}."""
     splits: tuple[Split, ...]
     summary: Summary
+    verdicts: tuple["Verdict", ...] = field(default=())
+    """What judges said in evaluations after the run."""
     problems: tuple[str, ...] = field(default=())
     """What could not be read, in words."""
 

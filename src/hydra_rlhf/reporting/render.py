@@ -3,30 +3,24 @@
 import base64
 import hashlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_rlhf.model.roles import STAGE1_ORDER, STAGE2, passes, trunks
-from hydra_rlhf.reporting import memory_plots, memory_tables, plots, tables
+from hydra_rlhf.reporting import evaluation_tables, memory_plots, memory_tables, plots, tables
 from hydra_rlhf.reporting.collect import read_run
 from hydra_rlhf.reporting.findings import find_problems
+from hydra_rlhf.reporting.histograms import score_histograms
+from hydra_rlhf.reporting.inspector import inspector_data, script_json
 from hydra_rlhf.reporting.markdown import render_markdown
 from hydra_rlhf.reporting.preference_plots import preference_charts
-from hydra_rlhf.reporting.record import RunRecord, Sample
+from hydra_rlhf.reporting.record import RunRecord
 from hydra_rlhf.runtime.files import clear_write_errors, write_file
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
-MAX_CHARACTERS = 4000
-"""Longer texts are cut in the page: prompts on the left, responses on the right."""
-MAX_SAMPLE_BYTES = 3_000_000
-"""Samples beyond this much text are left out of the page, which then stays under 5 MB."""
-CONTROL_CHARACTERS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
-"""Control characters are shown as their Unicode pictures: HTML has no way to hold them."""
 SECTIONS = ("data", "evaluation", "hydra_sft", "memory", "ppo", "preference", "reward_model", "sft")
 """Sections of a recipe that warnings name settings of."""
 STAGE2_FACTS = {
@@ -34,26 +28,9 @@ STAGE2_FACTS = {
     "preference": {"Epochs": "preference.num_epochs", "Pairs per step": "preference.batch_size"},
 }
 """What the first lines of a report say of each kind of stage 2."""
+SCRIPTS = ("inspector_tokens.js", "inspector_curves.js", "inspector.js", "report.js")
+"""Templates of the page's script, in the order in which they build on each other."""
 STAGE_TITLES = {"sft": "SFT", "reward_model": "Reward model", "hydra_sft": "Hydra-SFT"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Passage:
-    """A text as the page shows it."""
-
-    text: str
-    num_cut: int
-    """Characters left out."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShownSample:
-    """One sample as the page shows it."""
-
-    sample: Sample
-    prompt: Passage
-    response: Passage
-    reference_response: Passage | None
 
 
 def render_report(run_folder: Path) -> Path:
@@ -74,9 +51,10 @@ def render_report(run_folder: Path) -> Path:
 def render_html(record: RunRecord) -> str:
     """The page as one string; equal records give equal bytes."""
     environment = templates()
-    script = environment.get_template("report.js").render()
+    # One element, so that one digest lets the page's own code run and nothing else.
+    script = '"use strict";\n' + "".join(environment.get_template(name).render() + "\n" for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    samples = list(_within_budget(record.comparison()))
+    inspected = inspector_data(record)
     stage1 = [
         (stage, STAGE_TITLES[stage], charts) for stage in STAGE1_ORDER if (charts := plots.stage1_charts(record, stage))
     ]
@@ -92,11 +70,15 @@ def render_html(record: RunRecord) -> str:
         stage1_charts=stage1,
         ppo_charts=ppo_charts,
         stage2_charts=[pair for pair in (("PPO", ppo_charts), ("Preference training", of_pairs)) if pair[1]],
-        histograms=plots.score_histograms(record),
-        samples=samples,
-        has_reference=any(shown.reference_response is not None for shown in samples),
-        has_gold=any(shown.sample.gold_gain is not None for shown in samples),
-        num_left_out=len(record.comparison()) - len(samples),
+        histograms=score_histograms(record),
+        evaluation=[
+            table
+            for build in (evaluation_tables.evaluation_table, evaluation_tables.sides_table)
+            if (table := build(record)) is not None
+        ],
+        verdicts=evaluation_tables.verdicts_table(record),
+        inspected=inspected,
+        has_reference=inspected is not None and any("reference" in sample for sample in inspected["samples"]),
         memory_chart=memory_plots.memory_chart(record),
         decisions=memory_tables.decisions_table(record),
         options=memory_tables.options_table(record),
@@ -113,6 +95,7 @@ def render_html(record: RunRecord) -> str:
 def templates() -> "Environment":
     """The pages' templates and what they may call."""
     import jinja2
+    from markupsafe import Markup
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hydra_rlhf.reporting"),
@@ -122,6 +105,7 @@ def templates() -> "Environment":
         lstrip_blocks=True,
     )
     environment.filters["score"] = tables.format_score
+    environment.filters["script_json"] = lambda content: Markup(script_json(content))
     environment.filters["settings"] = _mark_settings
     environment.filters["count"] = tables.format_count
     return environment
@@ -132,27 +116,6 @@ def _mark_settings(text: str) -> "Markup":
     from markupsafe import Markup, escape
 
     return Markup(re.sub(rf"\b(?:{'|'.join(SECTIONS)})\.[a-z_.]*[a-z]", r"<code>\g<0></code>", str(escape(text))))
-
-
-def _within_budget(samples: tuple[Sample, ...]) -> Iterator[ShownSample]:
-    """Samples in the run's own order, cut to size, until the page has all the text it may hold."""
-    from markupsafe import escape
-
-    num_bytes = 0
-    for sample in samples:
-        prompt = _cut(sample.prompt, keep_end=True)
-        response = _cut(sample.response)
-        reference = None if sample.reference_response is None else _cut(sample.reference_response)
-        texts = [passage.text for passage in (prompt, response, reference) if passage is not None]
-        num_bytes += 1500 + sum(len(str(escape(text)).encode("utf-8", errors="replace")) for text in texts)
-        if num_bytes > MAX_SAMPLE_BYTES:
-            return
-        yield ShownSample(sample=sample, prompt=prompt, response=response, reference_response=reference)
-
-
-def _cut(text: str, *, keep_end: bool = False) -> Passage:
-    kept = text[-MAX_CHARACTERS:] if keep_end else text[:MAX_CHARACTERS]
-    return Passage(text=kept.translate(CONTROL_CHARACTERS), num_cut=len(text) - len(kept))
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:

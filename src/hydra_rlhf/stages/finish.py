@@ -23,6 +23,7 @@ from hydra_rlhf.runtime.run import Run
 from hydra_rlhf.stages.datasets import Datasets, RawData, prompt_texts
 from hydra_rlhf.stages.limits import StageLimits
 from hydra_rlhf.stages.ppo_state import moments_of
+from hydra_rlhf.stages.sample_records import role_numbers, sample_record
 from hydra_rlhf.stages.scoring.reward_sources import Scoring, SourceMoments, with_moments
 from hydra_rlhf.stages.session import Session
 from hydra_rlhf.stages.settle import PLAN_FILE, plan_every_method
@@ -130,8 +131,14 @@ def measure(
         limits=limits,
         after_token=after_token,
     )
+    stop_ids = model.stop_ids(recipe.ppo.sampling.stop_token_ids)
     numbers, samples = compare_with_reference(
-        actor, reference, gold=raw.gold, num_samples=recipe.evaluation.num_samples, seed=recipe.seed
+        actor,
+        reference,
+        gold=raw.gold,
+        num_samples=recipe.evaluation.num_samples,
+        seed=recipe.seed,
+        record=lambda rollout, row: sample_record(chat, stop_ids, rollout, row, role_numbers(rollout, model.table)),
     )
     summary = {
         "name": recipe.name,

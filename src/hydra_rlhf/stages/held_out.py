@@ -13,9 +13,9 @@ from hydra_rlhf.stages.rollout import (
     collect_rollout,
     prompt_batch,
     sample_responses,
-    sequence_kl,
     summarise,
 )
+from hydra_rlhf.stages.sample_records import role_numbers, sample_record
 from hydra_rlhf.stages.scoring.reward_sources import Scoring, SourceMoments, with_moments
 
 GoldFunction = Callable[[str, str], float]
@@ -67,16 +67,9 @@ class HeldOut:
         golds = [self.gold(prompt, response) for prompt, response in pairs] if self.gold is not None else None
         if golds is not None:
             metrics["eval/gold"] = sum(golds) / len(golds)
-        kl = sequence_kl(rollout)
+        stop_ids, numbers = model.stop_ids(config.sampling.stop_token_ids), role_numbers(rollout, model.table)
         samples = [
-            {
-                "prompt_index": i,
-                "prompt": pairs[i][0],
-                "response": pairs[i][1],
-                "score": score_of(rollout, i),
-                "kl": kl[i].item(),
-                **({"gold": golds[i]} if golds is not None else {}),
-            }
+            sample_record(chat, stop_ids, rollout, i, numbers) | ({"gold": golds[i]} if golds is not None else {})
             for i in range(min(NUM_LOGGED, len(pairs)))
         ]
         return metrics, samples

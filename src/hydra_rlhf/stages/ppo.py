@@ -1,9 +1,8 @@
 """THE PPO loop: act, judge, learn, record. One loop for every method; what differs is in the table of roles."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,9 +30,9 @@ from hydra_rlhf.stages.rollout import (
     prompt_batch,
     prompt_rows,
     sample_responses,
-    sequence_kl,
     summarise,
 )
+from hydra_rlhf.stages.sample_records import rollout_samples
 from hydra_rlhf.stages.scoring.reward_sources import Scoring, next_moments, with_moments
 from hydra_rlhf.stages.session import Session, due
 from hydra_rlhf.stages.timing import Stopwatch
@@ -148,8 +147,9 @@ def train_ppo_stage(
                     state = replace(state, best_step=state.step, best_score=seen["eval/score"])
                 for sample in samples:
                     session.log_sample({"stage": "ppo", "step": state.step, "kind": "held_out", **sample})
-            for sample in sample_rows(rollout, config.num_logged_samples):
-                session.log_sample({"stage": "ppo", "step": state.step, "kind": "rollout", **sample})
+            if session.keeps_samples:
+                for sample in rollout_samples(model, chat, rollout, targets, config, limits=state.limits):
+                    session.log_sample({"stage": "ppo", "step": state.step, "kind": "rollout", **sample})
             session.log("ppo", state.step, metrics | state.limits.metrics())
             progress.advance(num_tokens, {"score": metrics["score/mean"], "KL": metrics["kl/reference"]})
             is_best = state.best_step == state.step
@@ -216,16 +216,3 @@ def describe_critic(rollout: Rollout, targets: PPOTargets) -> dict[str, float]:
     """Metrics of the values that advantages were estimated with."""
     explained = explained_variance(rollout.values, targets.returns, rollout.learn_mask)
     return {"ppo/explained_variance": explained.item()}
-
-
-def sample_rows(rollout: Rollout, num_samples: int) -> Iterator[dict[str, Any]]:
-    """The first rows of a rollout as text with score and KL (nats)."""
-    kl = sequence_kl(rollout)
-    for i in range(min(num_samples, len(rollout.responses))):
-        yield {
-            "prompt_index": int(rollout.prompts.prompt_index[i]),
-            "prompt": rollout.prompts.texts[i],
-            "response": rollout.responses[i],
-            "score": rollout.scores[i].item(),
-            "kl": kl[i].item(),
-        }

@@ -49,6 +49,11 @@ class Session:
         if self.run is not None:
             self.run.log(stage, step, line)
 
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether responses are written anywhere; without a run folder nobody asks what their tokens look like."""
+        return self.run is not None
+
     def log_sample(self, sample: Mapping[str, Any]) -> None:
         """Keep one response as text."""
         if self.run is not None:
