@@ -16,6 +16,8 @@ from hydra_rlhf.evaluation.bradley_terry import percentiles, seed_weights
 from hydra_rlhf.evaluation.statistics import interval_from_error
 
 NUM_RESAMPLES = 2000
+FALLEN = 0.9
+"""Share of its peak below which gold has fallen."""
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """97.5 % points of Student's t by degrees of freedom."""
 
@@ -176,16 +178,20 @@ def gold_at(points: Sequence[Mapping[str, float]], seconds: float) -> float:
     return float(np.interp(seconds, times, golds))
 
 
-def over_optimisation(points: Sequence[Mapping[str, float]]) -> dict[str, float | bool]:
+def over_optimisation(points: Sequence[Mapping[str, float]]) -> dict[str, float | bool | None]:
     """What one curve says: where gold peaked, what it and the learned score did from there to the end.
 
-    A single look is noisy, so the end is the mean of the last tenth of the looks.
+    A single look is noisy, so the end is the mean of the last tenth of the looks. `fall_step` is the first step after
+    which gold stays below `FALLEN` of its peak.
     """
     peak = max(points, key=lambda point: point["gold"])
     last = points[-math.ceil(len(points) / 10) :]
     gold_end, score_end = (float(np.mean([point[name] for point in last])) for name in ("gold", "score"))
+    standing = [point["step"] for point in points if point["gold"] >= FALLEN * peak["gold"]]
+    fallen = [point["step"] for point in points if point["step"] > standing[-1]]
     return {
         "peak_step": peak["step"],
+        "fall_step": fallen[0] if fallen else None,
         "gold_start": points[0]["gold"],
         "gold_peak": peak["gold"],
         "gold_end": gold_end,

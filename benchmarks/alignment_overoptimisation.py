@@ -60,14 +60,21 @@ def first_warnings(run: Path, points: Sequence[Mapping[str, float]]) -> dict[str
     from hydra_rlhf.reporting.collect import read_run
     from hydra_rlhf.reporting.findings import find_problems
 
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     first: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="alignment-study-") as temporary:
         folder = Path(temporary)
         copyfile(run / "recipe.yaml", folder / "recipe.yaml")
         for step in (int(point["step"]) for point in points):
-            seen = [line for line in lines if (row := json.loads(line))["stage"] == "ppo" and row["step"] <= step]
-            (folder / "metrics.jsonl").write_text("".join(seen), encoding="utf-8")
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                cut_lines(run / name, folder / name, step)
             for problem in find_problems(read_run(folder)):
                 first.setdefault(problem.title, step)
     return first
+
+
+def cut_lines(source: Path, target: Path, step: int) -> None:
+    """Copy the lines of PPO up to a step."""
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [(line, json.loads(line)) for line in lines]
+    kept = [line for line, row in rows if row["stage"] == "ppo" and row["step"] <= step]
+    target.write_text("".join(kept), encoding="utf-8")

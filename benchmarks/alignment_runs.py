@@ -6,7 +6,7 @@ finished run is not run again, an interrupted one resumes. Imports nothing heavy
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,15 +31,21 @@ class Bench:
     """Laid over the settings of every run, e.g. few steps to see that the study runs."""
 
     def each(self, jobs: Iterable[Callable[[], object]]) -> None:
-        """Do all jobs, `parallel` at a time; the first one that fails ends the study, once those under way are done."""
-        with ThreadPoolExecutor(self.parallel) as pool:
-            running = [pool.submit(job) for job in jobs]
+        """All jobs, `parallel` at a time; after the first one that fails no other begins, and its error is raised."""
+        failures: list[BaseException] = []
+
+        def attempt(job: Callable[[], object]) -> None:
+            if failures:
+                return
             try:
-                for job in running:
-                    job.result()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+                job()
+            except BaseException as error:  # a failed process raises SystemExit
+                failures.append(error)
+
+        with ThreadPoolExecutor(self.parallel) as pool:
+            list(pool.map(attempt, jobs))
+        if failures:
+            raise failures[0]
 
     def folder(self, name: str, seed: int) -> Path:
         """The run folder of a system, or of a start."""
@@ -132,13 +138,13 @@ def training_cost(run: Path) -> dict[str, Any]:
     return {"seconds": seconds, "peak_bytes": costs["peak_rss_bytes"], "wall_s": costs["wall_s"]}
 
 
-def curve(run: Path) -> list[dict[str, float]]:
+def curve(run: Path) -> list[dict[str, Any]]:
     """What held-out prompts showed as training went on: step, seconds of training so far, gold, learned score, KL."""
-    points: list[dict[str, float]] = []
+    points: list[dict[str, Any]] = []
     seconds = 0.0
     for line in read_metrics(run):
         seconds += line.get("time/step_s", 0.0)
         if "eval/gold" in line:
-            seen: Mapping[str, float] = {name: line[f"eval/{name}"] for name in ("gold", "score", "kl")}
+            seen = {name: line.get(f"eval/{name}") for name in ("gold", "score", "kl")}  # DPO has no score
             points.append({"step": line["step"], "seconds": seconds, **seen})
     return points

@@ -192,6 +192,9 @@ def main() -> None:
         for key in ("methods", "head_to_head"):  # at the top of the file, for whoever reads only these
             write_part(args.out, key, content.pop(key))
         write_part(args.out, name, content)
+    from alignment_picture import save_picture
+
+    save_picture(read_json(args.out), args.out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -78,27 +78,37 @@ def rates(rate: float) -> dict[str, float]:
     return dict.fromkeys(("actor_learning_rate", "critic_learning_rate", "value_head_learning_rate"), rate)
 
 
+GRID: tuple[Settings, ...] = tuple(
+    {"ppo": {**rates(rate), "kl_coef": kl_coef}} for rate in (1e-3, 2e-3) for kl_coef in (0.05, 0.1)
+)
+"""The same for every system that samples, TRL's included."""
+
+
 def ppo(method: str, start: str, **settings: Any) -> System:
     """One of the five methods."""
-    grid = tuple({"ppo": rates(rate)} for rate in (5e-4, 1e-3, 2e-3))
     return System(
-        name=method, start=start, takes=STARTS[start][2], settings={"method": method, "ppo": settings}, grid=grid
+        name=method, start=start, takes=STARTS[start][2], settings={"method": method, "ppo": settings}, grid=GRID
     )
 
 
-def critic_free(name: str, **settings: Any) -> System:
+def critic_free(name: str) -> System:
     """A method without a critic on the hydra's base: a quarter of the prompts, four responses to each."""
     grouped = {
         "advantage_estimator": name,
         "samples_per_prompt": 4,
         "rollout_batch_size": ROLLOUT_SEQUENCES // 4,
-        **settings,
     }
-    grid = tuple({"ppo": {"actor_learning_rate": rate}} for rate in (5e-4, 1e-3, 2e-3))
-    return System(
-        name=name, start="hydra", takes=("hydra_sft",), settings={"method": "hydra-ppo", "ppo": grouped}, grid=grid
-    )
+    settings = {"method": "hydra-ppo", "ppo": grouped}
+    return System(name=name, start="hydra", takes=("hydra_sft",), settings=settings, grid=GRID)
 
+
+DPO: Settings = {
+    "method": "dpo",
+    "preference": {"num_epochs": 1, "batch_size": 32, "learning_rate": 1e-3, "dpo_beta": 0.1, "eval_every": 0},
+}
+DPO_GRID: tuple[Settings, ...] = tuple(
+    {"preference": {"learning_rate": rate, "dpo_beta": beta}} for rate in (5e-4, 1e-3) for beta in (0.05, 0.1)
+)
 
 SYSTEMS: Mapping[str, System] = {
     system.name: system
@@ -109,15 +119,15 @@ SYSTEMS: Mapping[str, System] = {
         ppo("j-hydra-ppo", "hydra"),
         ppo("hydra-ppo", "hydra"),
         critic_free("rloo"),
-        critic_free("grpo", kl_in="loss", kl_estimator="k3"),
-        System(name="dpo", start="separate", takes=("sft",), settings={"method": "dpo"}),
+        critic_free("grpo"),
+        System(name="dpo", start="separate", takes=("sft",), settings=DPO, grid=DPO_GRID),
     )
 }
 """Every system that this package trains. What follows from them without training is in `PLAYERS`."""
 
 TRL = "trl-ppo"
 TRL_GRID: tuple[Settings, ...] = tuple(
-    {"learning_rate": rate, "kl_coef": kl} for rate in (5e-4, 1e-3, 2e-3) for kl in (0.05, 0.1)
+    {"learning_rate": point["ppo"]["actor_learning_rate"], "kl_coef": point["ppo"]["kl_coef"]} for point in GRID
 )
 TRL_SETTINGS: Settings = {"learning_rate": 1e-3, "kl_coef": 0.1}
 """TRL has one rate for policy and value model; the rest is the workload's and in `peers/trl_study.py`."""

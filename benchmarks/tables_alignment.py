@@ -135,7 +135,7 @@ def over_optimisation(part: Mapping[str, Any]) -> str:
             str(seen["seed"]),
             f"{seen['gold_start']:.1f} → {seen['gold_peak']:.1f} → {seen['gold_end']:.1f}",
             f"{seen['score_start']:.1f} → {seen['score_at_peak']:.1f} → {seen['score_end']:.1f}",
-            f"{seen['peak_step']:.0f}",
+            f"{seen['peak_step']} / {seen['fall_step'] or '–'}",
             f"{seen['kl_end']:.0f}",
             first_warning(seen["warnings"]),
         )
@@ -147,11 +147,12 @@ def over_optimisation(part: Mapping[str, Any]) -> str:
         "seed",
         "gold: first look → peak → end",
         "learned score, same looks",
-        "peak at step",
+        "gold's peak / fall at step",
         "KL at the end, nats",
         "first warning of the report",
     )
-    return markdown(columns, rows)
+    picture = "![Gold against KL, and gold beside the learned score](../benchmarks/results/alignment_study.svg)"
+    return f"{markdown(columns, rows)}\n\n{picture}"
 
 
 def first_warning(warnings: Mapping[str, int]) -> str:

@@ -21,7 +21,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-LOGGED = ("objective/kl", "objective/scores", "val/num_eos_tokens", "val/ratio", "policy/clipfrac_avg", "loss/value_avg")
+LOGGED = (
+    "objective/kl", "objective/scores", "val/num_eos_tokens", "val/ratio", "policy/clipfrac_avg", "loss/value_avg",
+)
 
 
 def main():
@@ -40,8 +42,9 @@ def main():
     seconds = time.perf_counter() - started
     trainer.accelerator.unwrap_model(trainer.model).policy.save_pretrained(args.out / "actor")
     steps = [line for line in trainer.state.log_history if "objective/kl" in line]
-    print(json.dumps({"seconds": seconds, "num_updates": len(steps), "samples": len(steps) * workload["rollout_batch_size"],
-                      "steps": [{name: line[name] for name in LOGGED} for line in steps]}))
+    print(json.dumps({
+        "seconds": seconds, "num_updates": len(steps), "num_samples": len(steps) * workload["rollout_batch_size"],
+        "steps": [{name: line[name] for name in LOGGED} for line in steps]}))
 
 
 def build_trainer(args, workload):

@@ -14,6 +14,7 @@ import alignment_answers
 import alignment_numbers
 import alignment_overoptimisation
 import alignment_peer
+import alignment_picture
 import alignment_runs
 import alignment_study
 import alignment_systems
@@ -22,12 +23,12 @@ import hydra_sft_study
 import tables_alignment
 from alignment_runs import Bench
 from alignment_systems import Player
+from smoke.tiny_runs import recipe
 
 from hydra_rlhf.model.export import save_peft_adapter
 from hydra_rlhf.recipes import parse_recipe
 from hydra_rlhf.stages.finished import load_finished
 from hydra_rlhf.stages.pipeline import run_recipe
-from smoke.tiny_runs import recipe
 
 WEIGHTS = alignment_numbers.Weights.draw(3, 4)
 
@@ -108,7 +109,8 @@ def test_a_head_to_head_is_within_a_seed():
     golds = {"a": np.array([[1.0] * 4, [5.0] * 4, [3.0] * 4]), "b": np.array([[2.0] * 4, [6.0] * 4, [4.0] * 4])}
     found = alignment_numbers.head_to_head(golds, WEIGHTS)
     assert (found["b/a"]["mean"], found["a/b"]["mean"]) == (1.0, 0.0)
-    assert (found["b/a"]["gold_difference"], found["b/a"]["gold_difference_ci"]) == (1.0, [1.0, 1.0])
+    assert found["b/a"]["gold_difference"] == 1.0
+    assert found["b/a"]["gold_difference_ci"] == pytest.approx([1.0, 1.0])
     assert found["b/a"]["significant"]
 
 
@@ -144,7 +146,9 @@ def test_over_optimisation_is_gold_that_falls_while_the_score_rises():
     assert (found["gold_start"], found["gold_peak"], found["gold_end"]) == (3, 5, 2)
     assert (found["peak_step"], found["score_at_peak"], found["score_end"], found["kl_end"]) == (2, 2, 4, 4)
     assert found["over_optimised"]
-    assert not alignment_numbers.over_optimisation(curve_of(3, 4, 5))["over_optimised"]
+    assert found["fall_step"] == 3  # 4 and 2 are below 4.5
+    rising = alignment_numbers.over_optimisation(curve_of(3, 4, 5))
+    assert (rising["over_optimised"], rising["fall_step"]) == (False, None)
     # Of 20 looks the end is the mean of the last two.
     assert alignment_numbers.over_optimisation(curve_of(*[9] * 18, 4, 2))["gold_end"] == 3
 
@@ -191,8 +195,7 @@ def test_the_first_failure_ends_the_study(tmp_path: Path):
 
     with pytest.raises(SystemExit, match="no such thing"):
         bench(tmp_path).each([lambda: done.append(1), fail, *[lambda: done.append(2)] * 20])
-    assert done.count(1) == 1
-    assert done.count(2) < 20
+    assert done == [1]
 
 
 def test_seconds_are_those_of_the_steps(tmp_path: Path):
@@ -214,8 +217,9 @@ def test_a_warning_has_the_step_from_which_a_report_shows_it(tmp_path: Path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "recipe.yaml").write_text("name: a\n")
+    (tmp_path / "samples.jsonl").write_text("")
     points = alignment_runs.curve(tmp_path)
-    assert alignment_overoptimisation.first_warnings(tmp_path, points) == {"KL is above 20 nats per response": 3}
+    assert alignment_overoptimisation.first_warnings(tmp_path, points)["KL is above 20 nats per response"] == 3
 
 
 @pytest.fixture(scope="module")
@@ -311,3 +315,14 @@ def test_tables_show_bars_and_intervals():
     assert text.count("\n") == 3
     assert tables_alignment.first_warning({"later": 9, "sooner": 4}) == "step 4: sooner"
     assert tables_alignment.first_warning({}) == "none"
+
+
+def test_the_picture_is_of_means_over_seeds(tmp_path: Path):
+    curves = [curve_of(2, 4), curve_of(4, 8)]
+    assert alignment_picture.mean_curve(curves)["gold"] == [3, 6]
+    result = {
+        "methods": {"hydra-ppo": {"curves": curves}, "sft": {}},
+        "overoptimisation": {"runs": {"without KL": {"curves": curves}}},
+    }
+    alignment_picture.save_picture(result, tmp_path / "a.svg")
+    assert "A weak reward model, without KL" in (tmp_path / "a.svg").read_text()
