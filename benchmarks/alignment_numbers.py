@@ -16,6 +16,7 @@ from hydra_rlhf.evaluation.bradley_terry import percentiles, seed_weights
 from hydra_rlhf.evaluation.statistics import interval_from_error
 
 NUM_RESAMPLES = 2000
+ROUNDING = 1e-9
 FALLEN = 0.9
 """Share of its peak below which gold has fallen."""
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -53,8 +54,9 @@ def outcomes(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 def rate(won: np.ndarray, weights: Weights) -> dict[str, Any]:
     """Win rate of [k, n] outcomes with its interval, and of each seed alone."""
-    mean = float(won.mean())
-    interval = interval_from_error(mean, float(weights.means(won).std()), won.shape[1])
+    mean, error = float(won.mean()), float(weights.means(won).std())
+    # All ties, or all wins, leave an error of rounding alone.
+    interval = interval_from_error(mean, error if error > ROUNDING else 0.0, won.shape[1])
     return {"mean": mean, "ci": list(interval), "per_seed": won.mean(1).tolist()}
 
 
@@ -139,16 +141,7 @@ def round_robin(golds: Mapping[str, np.ndarray], weights: Weights) -> dict[str, 
         result = outcomes(golds[one], golds[other])
         won[one].append(result)
         won[other].append(1 - result)
-    found: dict[str, dict[str, Any]] = {}
-    for name in names:
-        mean = np.sum(won[name], axis=0) / (num - 1)
-        draws = weights.means(mean)
-        found[name] = {
-            "mean": float(mean.mean()),
-            "ci": list(interval_from_error(float(mean.mean()), float(draws.std()), mean.shape[1])),
-            "per_seed": mean.mean(1).tolist(),
-        }
-    return found
+    return {name: rate(np.sum(won[name], axis=0) / (num - 1), weights) for name in names}
 
 
 def equal_seconds(

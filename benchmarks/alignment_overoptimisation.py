@@ -11,14 +11,14 @@ from shutil import copyfile
 from typing import Any
 
 from alignment_runs import Bench, curve
-from alignment_systems import KL_SETTINGS, OVEROPTIMISED, WEAK_REWARD, merged
+from alignment_systems import KL_SETTINGS, OVEROPTIMISED, SEEDS, WEAK_REWARD, merged
 
 
 def overoptimisation(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     """A high rate against a weak reward model, with and without KL: gold, learned score and warnings, step by step."""
     import alignment_numbers as found
 
-    seeds = tuple(args.seeds)
+    seeds = tuple(args.seeds or SEEDS)
     bench.each(partial(bench.start, "separate", seed) for seed in seeds)
     bench.each(partial(weak_reward, bench, seed) for seed in seeds)
     bench.each(partial(hacked, bench, seed, label) for seed, label in product(seeds, KL_SETTINGS))

@@ -20,6 +20,7 @@ from alignment_runs import THREADS, Bench, curve, read_json, training_cost
 from alignment_systems import (
     BASE,
     BEST_OF,
+    DEVELOPMENT_SEEDS,
     NUM_PROMPTS,
     PROMPT_SEED,
     SEEDS,
@@ -51,7 +52,7 @@ QUICK: Settings = {
 
 def study(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     """Every system on every seed, and all numbers."""
-    seeds, names = tuple(args.seeds), tuple(args.systems)
+    seeds, names = tuple(args.seeds or SEEDS), tuple(args.systems)
     trained = tuple(name for name in names if name in SYSTEMS)
     if TRL in names and "hydra-ppo" not in names:
         raise SystemExit(f"{TRL} starts from what hydra-ppo starts from; name both")
@@ -167,7 +168,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder of all runs; finished ones are not run again")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part (default: all but tuning)")
     parser.add_argument("--systems", choices=[*SYSTEMS, TRL], nargs="+", default=[*SYSTEMS, TRL])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", help=f"default: {SEEDS}, of `tuning` {DEVELOPMENT_SEEDS}")
     parser.add_argument("--num-prompts", type=int, default=NUM_PROMPTS, help="held-out prompts that everybody answers")
     parser.add_argument("--parallel", type=int, default=2, help="processes side by side, one thread each")
     parser.add_argument("--trl-python", default=".venv-trl/bin/python", help="from `make bench-peers`")

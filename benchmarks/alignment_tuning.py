@@ -12,7 +12,7 @@ from alignment_systems import DEVELOPMENT_SEEDS, SYSTEMS, TRL, TRL_GRID, Player
 
 def tuning(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     """Mean held-out gold of every grid point on the development seeds, by each run's own evaluation."""
-    seeds = DEVELOPMENT_SEEDS
+    seeds = tuple(args.seeds or DEVELOPMENT_SEEDS)
     names = tuple(name for name in args.systems if name in SYSTEMS)
     points = [(name, number) for name in names for number in range(len(SYSTEMS[name].grid))]
     bench.each(partial(bench.start, kind, s) for s, kind in product(seeds, {SYSTEMS[n].start for n in names}))

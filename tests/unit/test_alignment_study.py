@@ -86,6 +86,12 @@ def test_win_rates_count_ties_half():
     assert (found["mean"], found["per_seed"]) == (0.625, [0.75, 0.5])
 
 
+def test_all_ties_are_no_certainty():
+    # No outcome differs, so it is Wilson's interval of as many outcomes as prompts: 0.5 +- 0.5 z / sqrt(4 + z^2).
+    found = alignment_numbers.rate(np.full((3, 4), 0.5), WEIGHTS)
+    assert found["ci"] == pytest.approx([0.15, 0.85], abs=5e-4)
+
+
 def test_an_interval_is_as_wide_as_the_seeds_differ():
     # Half the prompts won by every seed, or all of them by half the seeds: 0.5 both times, but one is sure of it.
     prompts = np.tile([1.0, 0.0], (4, 200))
