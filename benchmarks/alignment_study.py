@@ -88,9 +88,13 @@ def numbers(bench: Bench, everybody: Sequence[Player], seeds: Sequence[int]) -> 
         summaries = [bench.summary(name, seed) for seed in seeds]
         methods[name] |= {
             "settings": merged(SYSTEMS[name].settings),
+            "num_samples": num_samples(bench, name),
             "independent_gold_win_rate": found.over_seeds([one["gold_win_rate"] for one in summaries]),
             "curves": by_seed,
         }
+    if TRL in methods:
+        peer = read_json(bench.folder(TRL, seeds[0]) / "measured.json")
+        methods[TRL] |= {name: peer[name] for name in ("settings", "num_samples")}
     equal = {
         f"hydra-ppo/{name}": found.equal_seconds(curves["hydra-ppo"], curves[name])
         for name in CRITIC_FREE
@@ -107,6 +111,14 @@ def numbers(bench: Bench, everybody: Sequence[Player], seeds: Sequence[int]) -> 
         "reward_accuracy": {kind: reward_accuracy(bench, kind, seeds) for kind in STARTS},
     }
     return content | {"bars": bars(content)}
+
+
+def num_samples(bench: Bench, name: str) -> int | None:
+    """Responses that a system samples in training; None for one that learns from the pairs as they are."""
+    if "preference" in SYSTEMS[name].settings:
+        return None
+    ppo = merged(BASE, SYSTEMS[name].settings, bench.base)["ppo"]
+    return ppo["num_steps"] * ppo["rollout_batch_size"] * ppo.get("samples_per_prompt", 1)
 
 
 def bars(content: Mapping[str, Any]) -> list[dict[str, Any]]:

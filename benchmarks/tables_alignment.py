@@ -8,6 +8,7 @@ from tables_memory import MIB, markdown
 SUBJECT = "hydra-ppo"
 """Whom the others are compared with."""
 CI = "[95 %]"
+SHOWN_WARNINGS = 3
 
 
 def with_interval(found: Mapping[str, Any], digits: int = 2) -> str:
@@ -137,7 +138,7 @@ def over_optimisation(part: Mapping[str, Any]) -> str:
             f"{seen['score_start']:.1f} → {seen['score_at_peak']:.1f} → {seen['score_end']:.1f}",
             f"{seen['peak_step']} / {seen['fall_step'] or '–'}",
             f"{seen['kl_end']:.0f}",
-            first_warning(seen["warnings"]),
+            first_warnings(seen["warnings"]),
         )
         for label, run in part["runs"].items()
         for place, seen in enumerate(run["per_seed"])
@@ -149,18 +150,16 @@ def over_optimisation(part: Mapping[str, Any]) -> str:
         "learned score, same looks",
         "gold's peak / fall at step",
         "KL at the end, nats",
-        "first warning of the report",
+        "first warnings of the report, with their steps",
     )
     picture = "![Gold against KL, and gold beside the learned score](../benchmarks/results/alignment_study.svg)"
     return f"{markdown(columns, rows)}\n\n{picture}"
 
 
-def first_warning(warnings: Mapping[str, int]) -> str:
-    """The warning that comes first, with its step."""
-    if not warnings:
-        return "none"
-    title = min(warnings, key=lambda name: warnings[name])
-    return f"step {warnings[title]}: {title}"
+def first_warnings(warnings: Mapping[str, int]) -> str:
+    """The warnings that come first, with their steps."""
+    ordered = sorted(warnings.items(), key=lambda item: item[1])
+    return "; ".join(f"{step}: {title}" for title, step in ordered[:SHOWN_WARNINGS]) or "none"
 
 
 def hydra_sft(part: Mapping[str, Any]) -> str:

@@ -319,8 +319,8 @@ def test_tables_show_bars_and_intervals():
     assert "| `sft` | 0.60 [0.52, 0.68] | 1.00 [0.50, 1.50] | better |" in text
     assert "| `dpo` | 0.60 [0.52, 0.68] | 1.00 [0.50, 1.50] | not significant |" in text
     assert text.count("\n") == 3
-    assert tables_alignment.first_warning({"later": 9, "sooner": 4}) == "step 4: sooner"
-    assert tables_alignment.first_warning({}) == "none"
+    assert tables_alignment.first_warnings({"later": 9, "sooner": 4}) == "4: sooner; 9: later"
+    assert tables_alignment.first_warnings({}) == "none"
 
 
 def test_the_picture_is_of_means_over_seeds(tmp_path: Path):
