@@ -1,50 +1,50 @@
 """From answers and logs to the numbers of the alignment study: win rates, intervals, curves. No torch.
 
 Every comparison is within a seed: two systems of a seed share its data and, where they can, its start, and all answer
-the same prompts. Values are [k, n], seeds by prompts; intervals are by random weights on both (docs/decisions/0020).
+the same prompts. Values are [k, n], seeds by prompts; intervals are over both (docs/decisions/0020).
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from hydra_rlhf.evaluation.bradley_terry import percentiles, seed_weights
 from hydra_rlhf.evaluation.statistics import interval_from_error
 
-NUM_RESAMPLES = 2000
 ROUNDING = 1e-9
 FALLEN = 0.9
 """Share of its peak below which gold has fallen."""
-STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+# fmt: off
+STUDENT_T = {
+    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228,
+    12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980, 1000: 1.962,
+}
+# fmt: on
 """97.5 % points of Student's t by degrees of freedom."""
+LARGEST_POINT = 8.0
+"""Beyond it a level is 1 to a float, and a win rate's interval is nearly [0, 1] anyway."""
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Random weightings of seeds and prompts, the same for everything that is compared."""
+def student(freedom: float) -> float:
+    """The 97.5 % point for at most these degrees of freedom: the next lower entry of the table, so never too small."""
+    return STUDENT_T[max(known for known in STUDENT_T if known <= max(freedom, 1))]
 
-    seeds: np.ndarray
-    """[w, k]."""
-    prompts: np.ndarray
-    """[w, n]."""
 
-    @classmethod
-    def draw(cls, num_seeds: int, num_prompts: int, *, seed: int = 0) -> "Weights":
-        """Weights under which a mean over seeds varies by their unbiased variance, and one over prompts by Rubin's."""
-        generator = np.random.default_rng(seed)
-        return cls(
-            seed_weights(generator, np.zeros(num_seeds, dtype=int), NUM_RESAMPLES),
-            generator.standard_exponential((NUM_RESAMPLES, num_prompts)),
-        )
+def spread(values: np.ndarray) -> tuple[float, float]:
+    """(standard error, degrees of freedom) of the mean of [k, n] values, both seeds and prompts being drawn.
 
-    def means(self, values: np.ndarray) -> np.ndarray:
-        """Mean of [k, n] values under each weighting: [w]."""
-        totals = np.einsum("wk,kn,wn->w", self.seeds, values, self.prompts, optimize=True)
-        return totals / (self.seeds.sum(1) * self.prompts.sum(1))
+    The variance between seeds over k plus that between prompts over n; what belongs to neither is in both, which errs
+    on the wide side. Degrees of freedom by Satterthwaite (1946): few where the seeds make the error.
+    """
+    k, n = values.shape
+    prompts = float(values.mean(0).var(ddof=1)) / n if n > 1 else 0.0
+    seeds = float(values.mean(1).var(ddof=1)) / k if k > 1 else 0.0
+    total = prompts + seeds
+    if math.sqrt(total) < ROUNDING:
+        return 0.0, float(n)
+    return math.sqrt(total), total**2 / (prompts**2 / max(n - 1, 1) + seeds**2 / max(k - 1, 1))
 
 
 def outcomes(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -52,23 +52,25 @@ def outcomes(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.sign(ours - theirs))
 
 
-def rate(won: np.ndarray, weights: Weights) -> dict[str, Any]:
-    """Win rate of [k, n] outcomes with its interval, and of each seed alone."""
-    mean, error = float(won.mean()), float(weights.means(won).std())
-    # All ties, or all wins, leave an error of rounding alone.
-    interval = interval_from_error(mean, error if error > ROUNDING else 0.0, won.shape[1])
-    return {"mean": mean, "ci": list(interval), "per_seed": won.mean(1).tolist()}
+def rate(won: np.ndarray) -> dict[str, Any]:
+    """Win rate of [k, n] outcomes with its interval, Wilson's at Student's point, and of each seed alone."""
+    error, freedom = spread(won)
+    level = math.erf(min(student(freedom), LARGEST_POINT) / math.sqrt(2))
+    interval = interval_from_error(float(won.mean()), error, won.shape[1], level=level)
+    return {"mean": float(won.mean()), "ci": list(interval), "per_seed": won.mean(1).tolist()}
 
 
-def average(values: np.ndarray, weights: Weights) -> dict[str, Any]:
+def average(values: np.ndarray) -> dict[str, Any]:
     """Mean of [k, n] values with its interval."""
-    return {"mean": float(values.mean()), "ci": percentiles(weights.means(values)).tolist()}
+    mean, (error, freedom) = float(values.mean()), spread(values)
+    half = student(freedom) * error
+    return {"mean": mean, "ci": [mean - half, mean + half]}
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     """Mean of one number a seed with Student's interval; None for it where there is a single seed."""
     mean, k = float(np.mean(values)), len(values)
-    half = None if k < 2 else STUDENT_T[k - 1] * float(np.std(values, ddof=1)) / math.sqrt(k)
+    half = None if k < 2 else student(k - 1) * float(np.std(values, ddof=1)) / math.sqrt(k)
     interval = None if half is None else [mean - half, mean + half]
     return {"mean": mean, "ci": interval, "per_seed": list(values)}
 
@@ -78,14 +80,13 @@ def describe_methods(
     costs: Mapping[str, Sequence[Mapping[str, float]]],
     starts: Mapping[str, str | None],
     seeds: Sequence[int],
-    weights: Weights,
 ) -> dict[str, dict[str, Any]]:
     """The block `methods` of the result: every player against its own start, KL, gold, costs; by seed besides."""
     golds = gold_of(answers)
     found: dict[str, dict[str, Any]] = {}
     for name, start in starts.items():
-        against = None if start is None else rate(outcomes(golds[name], golds[start]), weights)
-        gold, cost = average(golds[name], weights), costs.get(name, [])
+        against = None if start is None else rate(outcomes(golds[name], golds[start]))
+        gold, cost = average(golds[name]), costs.get(name, [])
         found[name] = {
             "start": start,
             "gold_win_rate_vs_start": None if against is None else against["mean"],
@@ -115,15 +116,15 @@ def gold_of(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, np.
     return {name: np.array([seen["gold"] for seen in by_seed], dtype=float) for name, by_seed in answers.items()}
 
 
-def head_to_head(golds: Mapping[str, np.ndarray], weights: Weights) -> dict[str, dict[str, Any]]:
+def head_to_head(golds: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """`A/B`: win rate of A against B by gold, ties half, and the difference of their mean gold scores."""
     found: dict[str, dict[str, Any]] = {}
     for ours in golds:
         for theirs in golds:
             if ours == theirs:
                 continue
-            won = rate(outcomes(golds[ours], golds[theirs]), weights)
-            difference = average(golds[ours] - golds[theirs], weights)
+            won = rate(outcomes(golds[ours], golds[theirs]))
+            difference = average(golds[ours] - golds[theirs])
             found[f"{ours}/{theirs}"] = {
                 **won,
                 "significant": not won["ci"][0] <= 0.5 <= won["ci"][1],
@@ -133,7 +134,7 @@ def head_to_head(golds: Mapping[str, np.ndarray], weights: Weights) -> dict[str,
     return found
 
 
-def round_robin(golds: Mapping[str, np.ndarray], weights: Weights) -> dict[str, dict[str, Any]]:
+def round_robin(golds: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Mean win rate of each player against all others, the shape of the paper's Table 3; all of them average 0.5."""
     names, num = list(golds), len(golds)
     won: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -141,7 +142,7 @@ def round_robin(golds: Mapping[str, np.ndarray], weights: Weights) -> dict[str, 
         result = outcomes(golds[one], golds[other])
         won[one].append(result)
         won[other].append(1 - result)
-    return {name: rate(np.sum(won[name], axis=0) / (num - 1), weights) for name in names}
+    return {name: rate(np.sum(won[name], axis=0) / (num - 1)) for name in names}
 
 
 def equal_seconds(

@@ -131,11 +131,16 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def training_cost(run: Path) -> dict[str, Any]:
-    """Seconds of a run's optimizer steps (rollouts included, looks at held-out prompts not) and its peak memory."""
+def training_cost(run: Path, *stages: str) -> dict[str, Any]:
+    """Seconds of a run's optimizer steps (rollouts included, looks at held-out prompts not), of these stages where some
+    are named, and the whole process's peak memory."""
     costs = read_json(run / "costs.json")
-    seconds = sum(line["time/step_s"] for line in read_metrics(run) if "time/step_s" in line)
-    return {"seconds": seconds, "peak_bytes": costs["peak_rss_bytes"], "wall_s": costs["wall_s"]}
+    steps = [line for line in read_metrics(run) if "time/step_s" in line and (not stages or line["stage"] in stages)]
+    return {
+        "seconds": sum(line["time/step_s"] for line in steps),
+        "peak_bytes": costs["peak_rss_bytes"],
+        "wall_s": costs["wall_s"],
+    }
 
 
 def curve(run: Path) -> list[dict[str, Any]]:

@@ -77,12 +77,11 @@ def numbers(bench: Bench, everybody: Sequence[Player], seeds: Sequence[int]) -> 
 
     answers = {player.name: [bench.answers(player.name, seed) for seed in seeds] for player in everybody}
     golds = found.gold_of(answers)
-    weights = found.Weights.draw(len(seeds), len(next(iter(golds.values()))[0]))
     costs = {
         player.name: [cost_of(bench, player, seed) for seed in seeds] for player in everybody if not player.best_of
     }
     starts = {player.name: player.start for player in everybody}
-    methods = found.describe_methods(answers, costs, starts, seeds, weights)
+    methods = found.describe_methods(answers, costs, starts, seeds)
     curves = {name: [curve(bench.folder(name, seed)) for seed in seeds] for name in methods if name in SYSTEMS}
     for name, by_seed in curves.items():
         summaries = [bench.summary(name, seed) for seed in seeds]
@@ -102,9 +101,9 @@ def numbers(bench: Bench, everybody: Sequence[Player], seeds: Sequence[int]) -> 
     }
     content = {
         "methods": methods,
-        "head_to_head": found.head_to_head(golds, weights),
-        "round_robin": found.round_robin(golds, weights),
-        "table_3": found.round_robin({name: golds[name] for name in PAPER}, weights)
+        "head_to_head": found.head_to_head(golds),
+        "round_robin": found.round_robin(golds),
+        "table_3": found.round_robin({name: golds[name] for name in PAPER})
         if all(name in golds for name in PAPER)
         else None,
         "equal_seconds": equal,
@@ -144,8 +143,8 @@ def bars(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 def cost_of(bench: Bench, player: Player, seed: int) -> dict[str, Any]:
     """Seconds of training and peak memory of a player: of a start its stage 1, else what came after the start."""
     if player.role == "reference":
-        kind = "hydra" if player.name == "hydra-sft" else "separate"
-        return training_cost(bench.folder(f"start-{kind}", seed))
+        kind, stage = ("hydra", "hydra_sft") if player.name == "hydra-sft" else ("separate", "sft")
+        return training_cost(bench.folder(f"start-{kind}", seed), stage)
     if player.adapter:
         return read_json(bench.folder(player.name, seed) / "measured.json")
     return training_cost(bench.folder(player.run, seed))

@@ -3,7 +3,7 @@
     python benchmarks/hydra_sft_study.py --out benchmarks/results/hydra_sft_study.json --work WORK
 
 At least 10,000 training pairs of the built-in world, three seeds. Both sides read the same held-out pairs, so their
-differences are paired; intervals are by random weights on seeds and pairs (docs/decisions/0020). WORK keeps finished
+differences are paired; intervals are over seeds and pairs (docs/decisions/0020). WORK keeps finished
 runs, so an interrupted study goes on with the same command.
 """
 
@@ -61,24 +61,25 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     A row is a seed: {kind: {"logprobs": [n], "num_tokens": [n], "margins": [n]}} over its held-out pairs.
     """
     import numpy as np
-    from alignment_numbers import Weights, average, over_seeds
+    from alignment_numbers import average, over_seeds
 
     def column(kind: str, name: str) -> Any:
         return np.array([row[kind][name] for row in rows], dtype=float)
 
     tokens = column("hydra", "num_tokens")
-    weights = Weights.draw(*tokens.shape)
-    # Log of the ratio of perplexities: lost log-probability per token; a ratio of sums, so both are weighted alike.
+    # Log of the ratio of perplexities: log-probability lost per token. A ratio of sums, so its interval is that of the
+    # mean of what each pair adds to it.
     lost = column("separate", "logprobs") - column("hydra", "logprobs")
-    log_ratios = weights.means(lost) / weights.means(tokens)
-    ratio = math.exp(lost.sum() / tokens.sum())
+    log_ratio = float(lost.sum() / tokens.sum())
+    added = average(log_ratio + (lost - log_ratio * tokens) / tokens.mean())
+    ratio = math.exp(log_ratio)
     right = {kind: 0.5 * (1 + np.sign(column(kind, "margins"))) for kind in KINDS}
-    gained = average(right["hydra"] - right["separate"], weights)
+    gained = average(right["hydra"] - right["separate"])
     perplexity = {kind: over_seeds(np.exp(-column(kind, "logprobs").sum(1) / tokens.sum(1)).tolist()) for kind in KINDS}
     return {
         "perplexity": perplexity,
-        "perplexity_ratio": {"mean": ratio, "ci": np.exp(np.quantile(log_ratios, (0.025, 0.975))).tolist()},
-        "reward_accuracy": {kind: average(right[kind], weights) for kind in KINDS},
+        "perplexity_ratio": {"mean": ratio, "ci": [math.exp(end) for end in added["ci"]]},
+        "reward_accuracy": {kind: average(right[kind]) for kind in KINDS},
         "reward_accuracy_difference": gained,
         "num_pairs": int(tokens.shape[1]),
         "bars": [

@@ -30,8 +30,6 @@ from hydra_rlhf.recipes import parse_recipe
 from hydra_rlhf.stages.finished import load_finished
 from hydra_rlhf.stages.pipeline import run_recipe
 
-WEIGHTS = alignment_numbers.Weights.draw(3, 4)
-
 
 def test_settings_are_laid_over_one_another():
     one = {"a": {"b": 1, "c": 2}, "d": 3}
@@ -70,50 +68,56 @@ def test_who_answers_follows_from_what_was_trained():
     ]
 
 
-def test_means_under_equal_weights_are_plain_ones():
-    equal = alignment_numbers.Weights(np.ones((1, 2)), np.ones((1, 3)))
-    # (1 + 2 + 3 + 4 + 5 + 6) / 6; with weights 2, 0 on seeds the first row alone; with 0, 0, 1 the last column.
-    values = np.array([[1.0, 2, 3], [4, 5, 6]])
-    assert equal.means(values).tolist() == [3.5]
-    assert alignment_numbers.Weights(np.array([[2.0, 0]]), np.ones((1, 3))).means(values).tolist() == [2.0]
-    assert alignment_numbers.Weights(np.ones((1, 2)), np.array([[0.0, 0, 1]])).means(values).tolist() == [4.5]
+def test_the_spread_is_of_seeds_and_of_prompts():
+    # Seed means 1 and 3, variance 2; prompt means 1, 2, 3, variance 1: 2 / 2 + 1 / 3 = 4 / 3. Degrees of freedom
+    # (16 / 9) / (1 / 1 + (1 / 9) / 2) = 32 / 19.
+    error, freedom = alignment_numbers.spread(np.array([[0.0, 1, 2], [2, 3, 4]]))
+    assert error == pytest.approx((4 / 3) ** 0.5)
+    assert freedom == pytest.approx(32 / 19)
+    # One seed: prompts alone, variance 1 over 3, two degrees of freedom.
+    assert alignment_numbers.spread(np.array([[1.0, 2, 3]])) == pytest.approx(((1 / 3) ** 0.5, 2))
+
+
+def test_students_points_are_never_too_small():
+    assert [alignment_numbers.student(freedom) for freedom in (0.4, 2.9, 11, 5000)] == [12.706, 4.303, 2.228, 1.962]
 
 
 def test_win_rates_count_ties_half():
     won = alignment_numbers.outcomes(np.array([[1.0, 2], [3, 4]]), np.array([[0.0, 2], [4, 3]]))
     assert won.tolist() == [[1, 0.5], [0, 1]]
-    found = alignment_numbers.rate(won, alignment_numbers.Weights.draw(2, 2))
+    found = alignment_numbers.rate(won)
     assert (found["mean"], found["per_seed"]) == (0.625, [0.75, 0.5])
 
 
 def test_all_ties_are_no_certainty():
-    # No outcome differs, so it is Wilson's interval of as many outcomes as prompts: 0.5 +- 0.5 z / sqrt(4 + z^2).
-    found = alignment_numbers.rate(np.full((3, 4), 0.5), WEIGHTS)
-    assert found["ci"] == pytest.approx([0.15, 0.85], abs=5e-4)
+    # No outcome differs, so it is Wilson's interval of as many outcomes as prompts: 0.5 +- 0.5 t / sqrt(4 + t^2), t of
+    # four degrees of freedom.
+    found = alignment_numbers.rate(np.full((3, 4), 0.5))
+    assert found["ci"] == pytest.approx([0.0943, 0.9057], abs=1e-4)
 
 
 def test_an_interval_is_as_wide_as_the_seeds_differ():
     # Half the prompts won by every seed, or all of them by half the seeds: 0.5 both times, but one is sure of it.
     prompts = np.tile([1.0, 0.0], (4, 200))
     seeds = np.repeat([[1.0], [1.0], [0.0], [0.0]], 400, axis=1)
-    weights = alignment_numbers.Weights.draw(4, 400)
-    alike, apart = (alignment_numbers.rate(won, weights)["ci"] for won in (prompts, seeds))
-    # Standard errors: about sqrt(0.25 / 400) = 0.025, and sqrt((1 / 3) / 4) = 0.29 between seeds.
-    assert alike == pytest.approx([0.45, 0.55], abs=0.01)
-    assert apart[1] - apart[0] > 0.6
+    alike, apart = (alignment_numbers.rate(won)["ci"] for won in (prompts, seeds))
+    # Standard errors sqrt(0.25 / 399) and, between seeds, sqrt((1 / 3) / 4), so n = 399 and 3 in Wilson's
+    # 0.5 +- 0.5 t / sqrt(n + t^2), with t = 1.980 and, for three degrees of freedom, 3.182.
+    assert alike == pytest.approx([0.4507, 0.5493], abs=1e-4)
+    assert apart == pytest.approx([0.0608, 0.9392], abs=1e-4)
 
 
 def test_a_round_robin_averages_one_half():
     golds = {"a": np.full((3, 4), 3.0), "b": np.full((3, 4), 2.0), "c": np.full((3, 4), 2.0)}
-    found = alignment_numbers.round_robin(golds, WEIGHTS)
+    found = alignment_numbers.round_robin(golds)
     # a beats both; b and c lose to a and tie with each other.
     assert {name: one["mean"] for name, one in found.items()} == {"a": 1.0, "b": 0.25, "c": 0.25}
 
 
 def test_a_head_to_head_is_within_a_seed():
     # Seed by seed b is one point above a, though a's second seed is above b's first.
-    golds = {"a": np.array([[1.0] * 4, [5.0] * 4, [3.0] * 4]), "b": np.array([[2.0] * 4, [6.0] * 4, [4.0] * 4])}
-    found = alignment_numbers.head_to_head(golds, WEIGHTS)
+    golds = {"a": np.repeat([[1.0], [5.0], [3.0]], 40, axis=1), "b": np.repeat([[2.0], [6.0], [4.0]], 40, axis=1)}
+    found = alignment_numbers.head_to_head(golds)
     assert (found["b/a"]["mean"], found["a/b"]["mean"]) == (1.0, 0.0)
     assert found["b/a"]["gold_difference"] == 1.0
     assert found["b/a"]["gold_difference_ci"] == pytest.approx([1.0, 1.0])
