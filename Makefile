@@ -61,7 +61,7 @@ bench-speed: $(READY) bench-peers ## the speed benchmark and the result tables; 
 	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed.json --hydra-python .venv-bench/bin/python
 	$(BIN)/python benchmarks/tables.py
 
-bench-alignment: $(READY) .venv-trl/.ready ## the alignment study: at most 90 minutes on two quiet cores
+bench-alignment: $(READY) .venv-trl/.ready ## the alignment study and its tables; wants quiet cores
 	$(BIN)/python benchmarks/alignment_study.py --work runs/alignment-study --out benchmarks/results/alignment_study.json
 	$(BIN)/python benchmarks/hydra_sft_study.py --work runs/hydra-sft-study --out benchmarks/results/hydra_sft_study.json
 	$(BIN)/python benchmarks/tables.py

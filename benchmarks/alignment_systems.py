@@ -1,7 +1,7 @@
 """The systems of the alignment study as one table: a name, which stage-1 models it starts from, and recipe settings.
 
-Everything runs on the built-in world with a Llama of 0.68 M parameters trained from nothing. Learning rates were tuned
-on the development seeds (`--part tuning`) and are reported on others. Imports nothing heavy: see `memory_workload.py`.
+Everything runs on the built-in world with a Llama of 0.68 M parameters trained from nothing. Settings are chosen
+on the development seeds (`--part tuning`) and reported on others. Imports nothing heavy: see `memory_workload.py`.
 """
 
 from collections.abc import Mapping
