@@ -27,7 +27,7 @@ endif
 FIND_INDEX = index="$(TORCH_INDEX)"; \
 	if [ -z "$$index" ] && $(PYTHON) -c '$(ANSWERS)' "$(TORCH_CPU_INDEX)" 2>/dev/null; then index="$(TORCH_CPU_INDEX)"; fi
 
-.PHONY: help setup demo test lint types format bench-peers bench-rounds bench-memory bench-speed clean
+.PHONY: help setup demo test lint types format bench-peers bench-rounds bench-memory bench-speed bench-alignment clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -64,6 +64,11 @@ bench-memory: $(READY) ## the rest of the memory benchmark: about five minutes
 
 bench-speed: $(READY) ## the rest of the speed benchmark: about twelve minutes on two quiet cores
 	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed.json
+	$(BIN)/python benchmarks/tables.py
+
+bench-alignment: $(READY) .venv-trl/.ready ## the alignment study and its tables; wants quiet cores
+	$(BIN)/python benchmarks/alignment_study.py --work runs/alignment-study --out benchmarks/results/alignment_study.json
+	$(BIN)/python benchmarks/hydra_sft_study.py --work runs/hydra-sft-study --out benchmarks/results/hydra_sft_study.json
 	$(BIN)/python benchmarks/tables.py
 
 clean: ## remove .venv, builds and caches; run folders stay

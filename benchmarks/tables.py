@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tables_alignment import ALIGNMENT_TABLES
 from tables_memory import MEMORY_TABLES
 from tables_speed import SPEED_TABLES
 
@@ -26,11 +27,13 @@ COMMANDS = {
     "memory": "python benchmarks/memory.py --out benchmarks/results/memory.json",
     "speed": "python benchmarks/speed.py --out benchmarks/results/speed.json",
     "gpu": "python benchmarks/gpu_table.py --out benchmarks/results/gpu.json",
+    "alignment_study": "python benchmarks/alignment_study.py --work WORK --out benchmarks/results/alignment_study.json",
+    "hydra_sft_study": "python benchmarks/hydra_sft_study.py --work WORK --out benchmarks/results/hydra_sft_study.json",
 }
 """What makes each result file."""
 Table = tuple[str, str, Callable[[Mapping[str, Any]], str]]
-TABLES: Mapping[str, Table] = {**MEMORY_TABLES, **SPEED_TABLES}
-"""{name of the block: (result file, part of it, function from that part to Markdown)}."""
+TABLES: Mapping[str, Table] = {**MEMORY_TABLES, **SPEED_TABLES, **ALIGNMENT_TABLES}
+"""{name of the block: (result file, part of it, function from that part, its neighbours beside it, to Markdown)}."""
 
 
 def filled(document: str, results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -44,7 +47,7 @@ def block(name: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     content = results.get(file, {}).get(part)
     if content is None:
         return f"Not measured yet: `{command(file, part)}`."
-    return f"{table(content)}\n\n{conditions(content)} Repeat: `{command(file, part)}`."
+    return f"{table({**results[file], **content})}\n\n{conditions(content)} Repeat: `{command(file, part)}`."
 
 
 def command(file: str, part: str) -> str:

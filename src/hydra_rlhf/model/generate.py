@@ -77,7 +77,9 @@ class Ended(StoppingCriteria):
     def __init__(self, draws: Draws) -> None:
         self.draws = draws
 
-    def __call__(self, input_ids: Int[Tensor, "n s"], scores: Any, **_: Any) -> Bool[Tensor, " n"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Int[Tensor, "n s"], scores: Any, **_: Any
+    ) -> Bool[Tensor, " n"]:
         """True where a row needs no further token."""
         del input_ids, scores
         return ~self.draws.running
