@@ -143,7 +143,7 @@ def plan_every_method(recipe: Recipe, model: HydraModel, decided: Mapping[str, A
         below_rank = trunk.below_rank if other.model.quantization != "none" else 0
         optimizer = getattr(other, stage2).optimizer
         planner = planner_of(other, config, work, optimizer=optimizer, below_rank=below_rank)
-        planned[method] = phases | work_of_stage2(planner, other, table).plan(cuts_of(decided[stage2]))
+        planned[method] = {**phases, **work_of_stage2(planner, other, table).plan(cuts_of(decided[stage2]))}
     return planned
 
 
