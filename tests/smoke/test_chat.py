@@ -203,10 +203,10 @@ def test_a_conversation_at_a_terminal(finished: Path, tmp_path: Path) -> None:
         terminal.type("/max-tokens 400\n")
         terminal.read_until("you> ")
         terminal.type("where is cat 2?\n")
-        terminal.read_until("[2-9] tokens")
+        terminal.read_until("[2-9] tokens ·")
         terminal.type("\x03")
         stopped = plain(terminal.read_until("you> "))
-        lengths = [int(number) for number in re.findall(r"(\d+) tokens", stopped)]
+        lengths = [int(number) for number in re.findall(r"(\d+) tokens? ·", stopped)]
         assert lengths[-2] == lengths[-1] < 400
         assert "no end" in stopped
         # And once more, with nothing to stop, leaves.
