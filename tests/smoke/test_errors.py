@@ -79,7 +79,7 @@ def without_run_folder(tmp_path: Path) -> bool:
         ("ppo.kl_coef", ".nan", ("ppo.kl_coef", "number")),
         ("ppo.sampling.top_p", 1.5, ("ppo.sampling.top_p=1.5", "less than or equal to 1")),
         ("ppo.kl_in", "both", ("ppo.kl_in='both'", "'reward' or 'loss'")),
-        ("method", "dpo", ("method='dpo'", "hydra-ppo")),
+        ("method", "grpo", ("method='grpo'", "hydra-ppo")),
         ("model.dtype", "float16", ("model.dtype='float16'", "'float32' or 'bfloat16'")),
         ("ppo.reward.sources", [{"name": "a", "kind": "lengths"}], ("ppo.reward.sources.0={", "'length', 'regex'")),
         (
@@ -128,6 +128,21 @@ CONTRADICTIONS = {
         {"ppo.sampling.min_response_tokens": 7},
         "ppo.sampling.min_response_tokens=7 is above ppo.sampling.max_response_tokens=6",
         "lower it",
+    ),
+    "one response": (
+        {"ppo.advantage_estimator": "rloo"},
+        "ppo.samples_per_prompt=1: ppo.advantage_estimator=rloo",
+        "set ppo.samples_per_prompt to 2 or more",
+    ),
+    "warm-up of no critic": (
+        {"ppo.advantage_estimator": "remax", "ppo.critic_warmup_steps": 1},
+        "ppo.critic_warmup_steps=1: ppo.advantage_estimator=remax",
+        "set ppo.critic_warmup_steps=0",
+    ),
+    "discounted sum": (
+        {"ppo.advantage_estimator": "remax", "ppo.discount": 0.9},
+        "ppo.discount=0.9: ppo.advantage_estimator=remax",
+        "set ppo.discount=1",
     ),
     "no score": ({"ppo.reward.reward_model_coef": 0.0}, "ppo.reward.reward_model_coef=0", "ppo.reward.reward_fn"),
 }

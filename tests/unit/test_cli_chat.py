@@ -4,7 +4,7 @@ import argparse
 import io
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +18,14 @@ from hydra_rlhf.cli_evaluation import checkpoint_name
 from hydra_rlhf.data.rows import Message
 from hydra_rlhf.reporting.chat_view import LiveView
 from hydra_rlhf.stages.chat import Speakers
+
+
+@pytest.fixture(autouse=True)
+def interrupts_arrive() -> Iterator[None]:
+    """SIGINT as a shell's foreground has it; tests that run in the background inherit that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, lines: Iterable[str | type[BaseException]]) -> None:

@@ -63,7 +63,7 @@ def test_what_changes_nothing_that_was_computed(change: dict[str, Any]):
         ({"method": "ppo"}, "method: hydra-ppo -> ppo"),
         ({"lora__rank": 4}, "lora.rank: 16 -> 4"),
         ({"data__world_pairs": 7}, "data.world_pairs: 6000 -> 7"),
-        ({"model__dtype": "bfloat16"}, "model.dtype: float32 -> bfloat16"),
+        ({"model__dtype": "bfloat16"}, "model.dtype: auto -> bfloat16"),
         ({"start__sft": "x"}, "start.sft: None -> x"),
         ({"runtime__num_threads": 2}, "runtime.num_threads: None -> 2"),
         ({"hydra_sft__learning_rate": 0.1}, "hydra_sft.learning_rate: None -> 0.1 (stage hydra_sft has begun with it)"),

@@ -51,11 +51,6 @@ CHANGES = {
             "            return key_states, value_states\n",
             "            return self._set_views()\n",
         ),
-        (
-            "twice the rows",
-            "self._columns.num_rows or len(key_states)",
-            "2 * (self._columns.num_rows or len(key_states))",
-        ),
         ("other rows' columns counted", "0 if self._columns.joining is not None or not", "0 if not"),
         ("what is masked is whatever lay in memory", "states.new_zeros((num_rows", "1.0 + states.new_zeros((num_rows"),
     ],
