@@ -38,7 +38,7 @@ setup: $(READY) ## make .venv and install everything into it
 demo: $(READY) ## the whole job on the built-in world: about four minutes on two cores
 	$(BIN)/hydra-rlhf demo
 
-test: lint types ## lint, types and all tests: at most twelve minutes on two cores
+test: lint types ## lint, types and all tests: about a quarter of an hour on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(READY) ## formatting and lint

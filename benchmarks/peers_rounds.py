@@ -21,21 +21,35 @@ from speed_runs import OURS, run_on_workload, speedups
 RESULTS = HERE / "results"
 
 
-def measure(args: argparse.Namespace, work: Path, workload: Workload) -> dict[str, list[dict[str, Any]]]:
-    """Every run of every round, by system."""
-    pythons = Pythons(hydra=args.hydra_python, trl=args.trl_python, agilerl=args.agilerl_python)
-    ours = [f"hydra-{policy}" for policy in args.policies]
+def one_round(args: argparse.Namespace, work: Path, workload: Workload, number: int) -> dict[str, dict[str, Any]]:
+    """One run of every system, one after the other."""
+    pythons = pythons_of(args)
 
-    def run(system: str, repeat: int) -> dict[str, Any]:
+    def run(system: str, _: int) -> dict[str, Any]:
         if system in OURS:
             return run_on_workload(pythons.hydra, work, workload, system, threads=args.threads)
-        return run_system(work, workload, pythons, system, repeat, threads=args.threads, budget="auto")
+        return run_system(work, workload, pythons, system, number, threads=args.threads, budget="auto")
 
-    return in_turns([*ours, *OURS, *PEER_SCRIPTS], args.repeats, run)
+    systems = [*(f"hydra-{policy}" for policy in args.policies), *OURS, *PEER_SCRIPTS]
+    return {system: run for system, (run,) in in_turns(systems, 1, run).items()}
+
+
+def pythons_of(args: argparse.Namespace) -> Pythons:
+    """The interpreters of the three environments."""
+    return Pythons(hydra=args.hydra_python, trl=args.trl_python, agilerl=args.agilerl_python)
+
+
+def write(folder: Path, about: dict[str, Any], rounds: list[dict[str, dict[str, Any]]]) -> None:
+    """Both parts, from the rounds so far."""
+    runs = {system: [found[system] for found in rounds] for system in rounds[0]}
+    of_memory = {system: found for system, found in runs.items() if system not in OURS}
+    of_speed = {system: found for system, found in runs.items() if system in (*OURS, *PEER_SCRIPTS)}
+    write_part(folder / "memory.json", "peers", about | summarise(of_memory) | {"runs": of_memory})
+    write_part(folder / "speed.json", "peers", about | speedups(of_speed) | {"runs": of_speed})
 
 
 def main() -> None:
-    """Measure, and write both parts."""
+    """Measure, and write both parts after each round, so that what there is of them is kept."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=["30m", "60m", "135m"], default="135m")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["auto"], help="memory.checkpointing")
@@ -48,16 +62,15 @@ def main() -> None:
     parser.add_argument("--agilerl-python", default=".venv-agilerl/bin/python")
     args = parser.parse_args()
     workload = Workload(shape=args.shape, batch=16, response=64, micro=4, rank=16, updates=args.updates)
-    before = {"measured": circumstances(args.threads)}
+    about = {"measured": circumstances(args.threads)}
+    rounds: list[dict[str, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         make_workload(Path(folder), workload.shape)
-        runs = measure(args, Path(folder), workload)
-    pythons = Pythons(hydra=args.hydra_python, trl=args.trl_python, agilerl=args.agilerl_python)
-    about = before | described(pythons, list(runs), workload, threads=args.threads)
-    of_memory = {system: rounds for system, rounds in runs.items() if system not in OURS}
-    of_speed = {system: rounds for system, rounds in runs.items() if system in (*OURS, *PEER_SCRIPTS)}
-    write_part(args.results / "memory.json", "peers", about | summarise(of_memory) | {"runs": of_memory})
-    write_part(args.results / "speed.json", "peers", about | speedups(of_speed) | {"runs": of_speed})
+        for number in range(args.repeats):
+            rounds.append(one_round(args, Path(folder), workload, number))
+            if number == 0:
+                about |= described(pythons_of(args), list(rounds[0]), workload, threads=args.threads)
+            write(args.results, about, rounds)
 
 
 if __name__ == "__main__":
