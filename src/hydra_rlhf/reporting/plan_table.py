@@ -65,13 +65,19 @@ def verdict(plan: Mapping[str, Any]) -> str:
 
 
 def best_remedy(plan: Mapping[str, Any]) -> str:
-    """The methods that most settings need not be changed for, and which; empty where no change helps."""
+    """What has to be changed for the methods that need the fewest changes to fit; empty where no change helps."""
     remedies = {name: row["remedy"] for name, row in plan["methods"].items() if row["remedy"].startswith(FITS_WITH)}
     if not remedies:
         return ""
-    fewest = min(remedies.values(), key=lambda text: text.count("="))
-    names = [name for name, text in remedies.items() if text == fewest]
-    return f"With {fewest.removeprefix(FITS_WITH)} {' and '.join(names)} {'fits' if len(names) == 1 else 'fit'}."
+    fewest = min(text.count("=") for text in remedies.values())
+    parts: list[str] = []
+    for remedy in dict.fromkeys(text for text in remedies.values() if text.count("=") == fewest):
+        names = [name for name, text in remedies.items() if text == remedy]
+        parts.append(
+            f"with {remedy.removeprefix(FITS_WITH)} {' and '.join(names)} {'fits' if len(names) == 1 else 'fit'}"
+        )
+    sentence = "; ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def budget_text(plan: Mapping[str, Any]) -> str:
