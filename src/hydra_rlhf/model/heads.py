@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hydra_rlhf.model.fused import frozen_product
+
 
 class ScalarHead(nn.Module):
     """One number per hidden state, in float32: w . h + bias. Serves as reward head and as value head."""
@@ -53,7 +55,7 @@ class LMHead:
 
     def logits(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
         """Logits in at least float32; the product runs in the base's dtype."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        logits = frozen_product(hidden, self.weight, self.bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1.0:
             logits = logits * self.scale

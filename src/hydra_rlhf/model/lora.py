@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hydra_rlhf.errors import ConfigError
-from hydra_rlhf.model.fused import LoraDown, LoraUp, frozen_output
+from hydra_rlhf.model.fused import LoraDown, LoraUp, add_updates, frozen_output, products
 from hydra_rlhf.model.quantized import QuantizedLinear
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -65,7 +65,8 @@ class SharedInput:
         """A x of one member, one per adapter in use; the others' are computed along and wait for their call."""
         stack = member.switch.stack
         if self._x is not x or self._stack != stack or id(member) not in self._parts:
-            flat = LoraDown.apply(x, *(linear.lora_A[name] for linear in self.members for name in stack))
+            As = [linear.lora_A[name] for linear in self.members for name in stack]
+            flat = LoraDown.apply(x, *As) if torch.is_grad_enabled() else products(x, As)
             n = len(stack)
             self._parts = {id(m): flat[i * n : (i + 1) * n] for i, m in enumerate(self.members)}
             self._x, self._stack = x, stack
@@ -134,7 +135,10 @@ class LoraLinear(nn.Module):
         if not self.switch.stack:
             return frozen_output(self.linear, x)
         _, Bs, scales = self.updates()
-        return LoraUp.apply(x, self.linear, scales, *self.shared.down(self, x), *Bs)
+        us = self.shared.down(self, x)
+        if not torch.is_grad_enabled():
+            return add_updates(frozen_output(self.linear, x), scales, [*us, *Bs])
+        return LoraUp.apply(x, self.linear, scales, *us, *Bs)
 
     def extra_repr(self) -> str:
         """The adapters' names, for `print(model)`."""
