@@ -57,8 +57,37 @@ def plain_draw(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> Tens
 def test_draws_invert_the_cumulative_distribution():
     # Shares 1/2, 1/4, 1/4: 0.49 is in the first, 0.51 in the second, 0.76 in the third.
     logits = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(3, -1)
-    drawn = draw.draw(logits, torch.tensor([0.49, 0.51, 0.76]), PLAIN)
+    drawn = draw.Shares(logits).draw(torch.tensor([0.49, 0.51, 0.76]))
     assert drawn.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 50, 64, 1000, 4099])
+def test_blocks_find_what_a_running_sum_over_all_tokens_finds(vocab):
+    """Shares are whole numbers, so that both kinds of sums are exact; a third of the tokens have none."""
+    generator = torch.Generator().manual_seed(vocab)
+    counts = torch.randint(0, 3, (200, vocab), generator=generator)
+    counts[:, vocab // 2] = 2  # the peak, in every row
+    uniforms = torch.rand(200, generator=generator, dtype=torch.float64)
+    uniforms[:2] = torch.tensor([0.0, 1.0 - 2.0**-53])
+    drawn = draw.Shares((counts / 2).log()).draw(uniforms)
+    cumulative = counts.cumsum(dim=1).double()
+    expected = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+    expected[1] = counts[1].nonzero()[-1]  # the product above rounds to the whole sum
+    assert drawn.tolist() == expected.tolist()
+    assert (counts.gather(1, drawn[:, None]) > 0).all()
+
+
+def test_entries_without_mass_are_never_found_at_their_borders():
+    masses = torch.tensor([[0.0, 1.0, 0.0, 2.0, 0.0]], dtype=torch.float64).expand(5, -1)
+    index, into = draw.find(masses, torch.tensor([-1e-9, 0.0, 1.0, 2.5, 3.0], dtype=torch.float64))
+    assert index.tolist() == [1, 1, 3, 3, 3]
+    assert_close(into, torch.tensor([0.0, 0.0, 0.0, 1.5, 2.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("vocab", [5, 50, 4099])
+def test_the_total_is_that_of_all_exponentials(vocab):
+    logits = 20.0 * torch.randn(3, vocab, generator=torch.Generator().manual_seed(0))
+    assert_close(draw.Shares(logits).log_total(), logits.double().logsumexp(dim=-1).float(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
@@ -93,20 +122,20 @@ def test_forbidden_ids_are_never_drawn():
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_no_tensor_of_a_draw_is_larger_than_a_tile(config):
-    """Sixty-four rows whose float64 probabilities would take 25,600 bytes, in a tile of 4,000."""
+    """Sixty-four rows whose logits would take 12,800 bytes, in a tile of 4,000."""
     head, states, uniforms = head_and_states(64)
     nothing = torch.tensor([], dtype=torch.long)
     with LargestTensor() as largest:
         draw.draw_in_tiles(head, states, uniforms, config, forbidden=nothing, tile_bytes=4000)
     assert 0 < largest.num_bytes <= 4000
     with LargestTensor() as untiled:
-        draw.draw(head.logits(states), uniforms, config)
-    assert untiled.num_bytes >= 64 * VOCAB * 8
+        draw.draw_in_tiles(head, states, uniforms, config, forbidden=nothing, tile_bytes=10**6)
+    assert untiled.num_bytes >= 64 * VOCAB * 4
 
 
 def test_a_draw_leaves_its_logits_as_they_were():
     head, states, uniforms = head_and_states(4)
     logits = head.logits(states)
     before = logits.clone()
-    draw.draw(logits, uniforms, SamplingConfig(temperature=0.5, top_k=3))
-    assert_close(logits, before, atol=0, rtol=0)
+    draw.Shares(logits).draw(uniforms)
+    assert torch.equal(logits, before)

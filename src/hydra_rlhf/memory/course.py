@@ -13,7 +13,9 @@ class Course:
     """One pass of a few layers, in bytes on top of what was there before."""
 
     kept: int = 0
-    """Live when the layers are done: what backward needs, or the hidden states alone; the KV cache in a rollout."""
+    """Live when the layers are done: what backward needs, or the hidden states alone; in a rollout cache and `made`."""
+    made: int = 0
+    """Of it, what a rollout makes of the adapters; the same for any number of rows."""
     per_layer: float = 0.0
     """What one more layer adds to that."""
     moments: list[int] = field(default_factory=list)
@@ -41,6 +43,8 @@ class Need:
 
     depth: int
     """Layers that were run."""
+    made: int
+    """Bytes that a rollout of so many layers makes of the adapters."""
     kept_lines: Line
     per_layer: Line
     deep: tuple[Line, ...]
@@ -59,6 +63,7 @@ class Need:
             deep, shallow = [highest], [highest]
         return cls(
             depth=depth,
+            made=one.made,
             kept_lines=Line(one.kept, two.kept - one.kept),
             per_layer=Line(one.per_layer, two.per_layer - one.per_layer),
             deep=highest_lines(deep),
@@ -68,6 +73,10 @@ class Need:
     def kept(self, num_rows: int, num_layers: int) -> float:
         """Live when the layers are done."""
         return self.kept_lines.at(num_rows) + self._more_layers(num_rows, num_layers)
+
+    def cache(self, num_rows: int, num_layers: int) -> float:
+        """The KV cache of a rollout."""
+        return self.kept(num_rows, num_layers) - self.made / self.depth * num_layers
 
     def deep_peak(self, num_rows: int, num_layers: int) -> float:
         """Most bytes while the pass is in the last layers."""

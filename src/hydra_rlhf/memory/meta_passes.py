@@ -97,7 +97,7 @@ def run_rollout(trunk: Trunk, rows: Rows, *, adapter: bool, period: int, known: 
     """The course of the prefill of all prompts and of the last decode step, the cache full."""
     name = ADAPTER if adapter else None
     width = rows.prompt + rows.response
-    with watched(trunk, period, known) as watch:
+    with watched(trunk, period, known) as watch, trunk.switch.fixed():
         cache = PreallocatedCache(width, rows.num)
         tokens = torch.zeros(rows.num, rows.prompt, dtype=torch.long, device="meta")
         mask = torch.ones(tokens.shape, dtype=torch.bool, device="meta")
@@ -110,7 +110,8 @@ def run_rollout(trunk: Trunk, rows: Rows, *, adapter: bool, period: int, known: 
         mask = torch.ones(rows.num, width, dtype=torch.bool, device="meta")
         watch.decoding = True
         trunk.hidden_states(tokens[:, :1], mask, adapter=name, cache=cache)
-        watch.course.kept = cache.num_bytes
+        watch.course.made = trunk.switch.made_bytes
+        watch.course.kept = cache.num_bytes + watch.course.made
     return watch.course
 
 

@@ -105,9 +105,10 @@ class Simulation:
     def rollout(self, rows: Rows, *, adapter: bool) -> PassBytes:
         """Prefill, a draw and the last decode step of one row group."""
         need = self.decoding(rows, adapter=adapter)
-        cache, peak = need.kept(rows.num, self.num_layers), need.peak(rows.num, self.num_layers)
+        cache, peak = need.cache(rows.num, self.num_layers), need.peak(rows.num, self.num_layers)
+        kept = need.kept(rows.num, self.num_layers)
         vocab = len(self.whole.lm_head.weight)
-        drawing = cache + min(rows.num, max(1, self.tile_bytes // (DRAW_BYTES * vocab))) * vocab * DRAW_BYTES
+        drawing = kept + min(rows.num, max(1, self.tile_bytes // (DRAW_BYTES * vocab))) * vocab * DRAW_BYTES
         by = self.corrections.get("rollout", 1.0)
         return PassBytes(
             kept=cache, head=cache + by * (drawing - cache), peak=cache + by * (max(peak, drawing) - cache)

@@ -101,10 +101,9 @@ class Shares:
         """One token per row: the inverse of its cumulative distribution at the row's uniform number."""
         block, left = find(self.sums, uniforms.double() * self.sums.sum(dim=1))
         columns = block[:, None] * self.block + torch.arange(self.block, device=block.device)
-        vocab = self.values.shape[1]
-        inside = self.values.gather(1, columns.clamp(max=vocab - 1)).double()
-        place, _ = find(inside.masked_fill(columns >= vocab, 0.0), left)
-        return (block * self.block + place).clamp(max=vocab - 1)
+        last = self.values.shape[1] - 1  # read again where the last block would go on, and meant by its repetitions
+        place, _ = find(self.values.gather(1, columns.clamp(max=last)).double(), left)
+        return (block * self.block + place).clamp(max=last)
 
 
 def find(masses: Float[Tensor, "b n"], at: Float[Tensor, " b"]) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:

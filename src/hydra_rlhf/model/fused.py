@@ -55,8 +55,12 @@ def rows(x: Float[Tensor, "*n d"]) -> Float[Tensor, "m d"]:
 
 def products(x: Float[Tensor, "*n i"], As: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """x A_i^T of each A, in one product; everywhere the same one, so that rounding does not depend on the path."""
-    stacked = torch.cat([A.to(x.dtype) for A in As]) if len(As) > 1 else As[0].to(x.dtype)
-    return torch.nn.functional.linear(x, stacked).split([len(A) for A in As], dim=-1)
+    return torch.nn.functional.linear(x, stack_rows(As, x.dtype)).split([len(A) for A in As], dim=-1)
+
+
+def stack_rows(As: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "r i"]:
+    """Several A as one, in the dtype that computes; a single one that has it already as it is."""
+    return torch.cat([A.to(dtype) for A in As]) if len(As) > 1 else As[0].to(dtype)
 
 
 class LoraDown(torch.autograd.Function):

@@ -5,7 +5,7 @@ gives the right gradients whatever is in use by then. Recomputation under activa
 captured stack through `recompute_contexts`. There is no way to switch an adapter on and leave it on.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hydra_rlhf.errors import ConfigError
-from hydra_rlhf.model.fused import LoraDown, LoraUp, add_updates, frozen_output, products
+from hydra_rlhf.model.fused import LoraDown, LoraUp, add_updates, frozen_output, stack_rows
 from hydra_rlhf.model.quantized import QuantizedLinear
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -28,8 +28,32 @@ class AdapterSwitch:
         """Adapters that stage 1 left on a base it could not write to: part of "LoRA off", under every other."""
         self.stack: tuple[str, ...] = ()
         """The adapters in use now; empty outside `use`."""
+        self._made: dict[Hashable, list[Tensor]] | None = None
         self.waiting: set[SharedInput] = set()
         """Shared inputs that some of their linears have not asked for yet."""
+
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """Inside the block no adapter changes: what passes make of them, stacked and in their dtype, is made once."""
+        self._made = {}
+        try:
+            yield
+        finally:
+            self._made = None
+
+    def made(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What `make` gives; inside `fixed`, for each key, what it gave the first time. Not to be differentiated."""
+        if self._made is None:
+            return make()
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @property
+    def made_bytes(self) -> int:
+        """Bytes of what waits inside `fixed`, parameters that are used as they are left out."""
+        made = (tensor for tensors in (self._made or {}).values() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in made if not isinstance(tensor, nn.Parameter))
 
     @contextmanager
     def use(self, adapter: str | None) -> Iterator[None]:
@@ -65,9 +89,7 @@ class SharedInput:
         """A x of one member, one per adapter in use; the others' are computed along and wait for their call."""
         stack = member.switch.stack
         if self._x is not x or self._stack != stack or id(member) not in self._parts:
-            As = [linear.lora_A[name] for linear in self.members for name in stack]
-            flat = LoraDown.apply(x, *As) if torch.is_grad_enabled() else products(x, As)
-            n = len(stack)
+            flat, n = self._products(member.switch, x), len(stack)
             self._parts = {id(m): flat[i * n : (i + 1) * n] for i, m in enumerate(self.members)}
             self._x, self._stack = x, stack
             member.switch.waiting.add(self)
@@ -75,6 +97,14 @@ class SharedInput:
         if not self._parts:
             self.forget(member.switch)
         return parts
+
+    def _products(self, switch: AdapterSwitch, x: Float[Tensor, "*n i"]) -> tuple[Float[Tensor, "*n r"], ...]:
+        """A x of all members, those of one member together."""
+        As = [linear.lora_A[name] for linear in self.members for name in switch.stack]
+        if torch.is_grad_enabled():
+            return LoraDown.apply(x, *As)
+        (stacked,) = switch.made((id(self), switch.stack, x.dtype), lambda: [stack_rows(As, x.dtype)])
+        return torch.nn.functional.linear(x, stacked).split([len(A) for A in As], dim=-1)
 
     def forget(self, switch: AdapterSwitch) -> None:
         """Let go of the input and of what is left of its products."""
@@ -132,12 +162,14 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """[*n, in_features] -> [*n, out_features] with the adapters in use now."""
-        if not self.switch.stack:
+        switch, stack = self.switch, self.switch.stack
+        if not stack:
             return frozen_output(self.linear, x)
-        _, Bs, scales = self.updates()
         us = self.shared.down(self, x)
         if not torch.is_grad_enabled():
-            return add_updates(frozen_output(self.linear, x), scales, [*us, *Bs])
+            Bs = switch.made((id(self), stack, x.dtype), lambda: [self.lora_B[name].to(x.dtype) for name in stack])
+            return add_updates(frozen_output(self.linear, x), [self.scale[name] for name in stack], [*us, *Bs])
+        _, Bs, scales = self.updates()
         return LoraUp.apply(x, self.linear, scales, *us, *Bs)
 
     def extra_repr(self) -> str:

@@ -46,5 +46,6 @@ def sample_tokens(
         config=config,
         **others,
     )
-    ENGINES[config.engine](sampling, num_rows or len(prompts))
+    with trunk.switch.fixed():
+        ENGINES[config.engine](sampling, num_rows or len(prompts))
     return sampling.result()
