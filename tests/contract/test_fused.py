@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from contract.tiny import CONFIGS, LORA, ragged_batch
 from hydra_rlhf.model import attention
+from hydra_rlhf.model.fuse import eps_of, norm_offset
 from hydra_rlhf.model.fused import frozen_output
 from hydra_rlhf.model.load import attention_implementation, to_dtype, without_dropout
 from hydra_rlhf.model.lora import LoraLinear
@@ -31,7 +32,20 @@ def plain_lora(self: LoraLinear, x: Tensor) -> Tensor:
     return y
 
 
-def trunk_of(family: str, dtype: torch.dtype, *, plain: bool, targets: tuple[str, ...] = ("all-linear",)) -> Trunk:
+def exact_norm(self: Any, x: Tensor, offset: float) -> Tensor:
+    """A norm's own output with the formula's gradient: transformers' norms round to float32, forward and backward."""
+    formula = (offset + self.weight) * x * (x.square().mean(dim=-1, keepdim=True) + eps_of(self)).rsqrt()
+    return formula + (type(self).forward(self, x) - formula).detach()
+
+
+def trunk_of(
+    family: str,
+    dtype: torch.dtype,
+    *,
+    plain: bool,
+    targets: tuple[str, ...] = ("all-linear",),
+    exact_norms: bool = False,
+) -> Trunk:
     """A random model with two LoRA sets that do something; `plain`: transformers' own modules and `sdpa`."""
     config = copy.deepcopy(CONFIGS[family])
     without_dropout(config)
@@ -49,6 +63,9 @@ def trunk_of(family: str, dtype: torch.dtype, *, plain: bool, targets: tuple[str
         for module in trunk.modules():
             if "forward" in vars(module):
                 del module.forward
+        for module in trunk.modules():
+            if "RMSNorm" in type(module).__name__ and exact_norms:
+                module.forward = partial(exact_norm, module, offset=float(family.startswith("gemma")))
         for linear in trunk.lora_linears.values():
             linear.forward = partial(plain_lora, linear)
     return trunk
@@ -92,7 +109,7 @@ def test_outputs_and_adapter_gradients_equal_the_plain_layers(family: str, targe
     """In float64 to 1e-10, with one LoRA set and with two stacked; the output in float32 bit for bit without one."""
     if family == "gpt2" and targets != ("all-linear",):
         targets = ("c_attn",)
-    make = partial(trunk_of, family, torch.float64, targets=targets)
+    make = partial(trunk_of, family, torch.float64, targets=targets, exact_norms=True)
     assert_equal(gradients(make(plain=False), "actor", lora_set), gradients(make(plain=True), "actor", lora_set), 1e-10)
     stacked = [make(plain=plain) for plain in (False, True)]
     for trunk in stacked:
@@ -210,3 +227,33 @@ def test_decoded_rows_get_the_plain_product(rows: int, bias: bool):
         half = torch.nn.Linear(48, 40, bias=bias, dtype=torch.bfloat16)
         assert torch.equal(frozen_output(half, x.bfloat16()), half(x.bfloat16()))
     assert torch.equal(frozen_output(linear, x), linear(x))
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_every_rms_norm_is_known(family: str) -> None:
+    """So that none of them goes the slow way; a norm that computes something else is not taken for one of them."""
+    trunk = trunk_of(family, torch.float32, plain=False)
+    norms = [module for module in trunk.modules() if "RMSNorm" in type(module).__name__]
+    offsets = {module.norm_offset for module in norms}
+    assert offsets == ({1.0} if family.startswith("gemma") else {0.0} if norms else set())
+
+
+def test_other_norms_are_not_taken_for_known_ones() -> None:
+    class HalfRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (0.5 + self.weight) * x * (x.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()
+
+    class NoEps(HalfRMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight * x * x.square().mean(dim=-1, keepdim=True).rsqrt()
+
+    before = torch.get_rng_state()
+    assert norm_offset(HalfRMSNorm()) is None
+    assert norm_offset(NoEps()) is None
+    assert norm_offset(nn.RMSNorm(8, eps=1e-6)) == 0.0
+    assert norm_offset(nn.RMSNorm(8)) is None  # its eps depends on the dtype
+    assert torch.equal(torch.get_rng_state(), before)

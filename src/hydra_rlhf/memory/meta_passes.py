@@ -183,7 +183,15 @@ def watched(trunk: Trunk, period: int, known: KnownShapes) -> Iterator[Watch]:
 
 
 def run_lm_head(
-    trunk: Trunk, kind: PassKind, rows: Rows, vocab: int, temperature: float, tile_bytes: int, known: KnownShapes
+    trunk: Trunk,
+    kind: PassKind,
+    rows: Rows,
+    vocab: int,
+    *,
+    temperature: float,
+    tile_bytes: int,
+    device_type: str,
+    known: KnownShapes,
 ) -> HeadBytes:
     """Bytes of log-probs of all response tokens, forward and backward, with a head of `vocab` columns."""
     real = trunk.lm_head
@@ -203,6 +211,7 @@ def run_lm_head(
             temperature=temperature,
             entropy_gradient=kind.entropy_gradient,
             tile_bytes=tile_bytes,
+            device_type=device_type,
         )
         del states
         kept = count.live - before

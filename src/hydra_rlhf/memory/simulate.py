@@ -22,8 +22,10 @@ from hydra_rlhf.memory.meta_passes import (
     run_rollout,
     run_scalar_heads,
 )
+from hydra_rlhf.model.device import pick_device
 from hydra_rlhf.model.draw import DRAW_BYTES
 from hydra_rlhf.model.load import DTYPES
+from hydra_rlhf.model.logprobs import sweep_bytes
 from hydra_rlhf.model.shapes import layer_period, meta_trunk, whole_trunk
 from hydra_rlhf.model.tiled_logprobs import tile_shape
 from hydra_rlhf.model.trunk import Trunk, text_config
@@ -72,6 +74,11 @@ class Simulation:
     def num_layers(self) -> int:
         """Of the real model."""
         return text_config(self.config).num_hidden_layers
+
+    @cached_property
+    def _device_type(self) -> str:
+        """Where the model will run, which need not be this machine."""
+        return pick_device("auto").type if self.model.device == "auto" else self.model.device.partition(":")[0]
 
     @cached_property
     def whole(self) -> Trunk:
@@ -172,7 +179,7 @@ class Simulation:
         vocab, width = trunk.lm_head.weight.shape
         read = replace(rows, num=max(1, rows.num // 2)) if kind.half else rows
         kind = PassKind(adapter=kind.adapter, learns=kind.learns, entropy_gradient=kind.entropy_gradient)
-        tile_rows, tile_columns = tile_shape(2**30, vocab, self.tile_bytes)
+        tile_rows, tile_columns = tile_shape(2**30, vocab, sweep_bytes(self.tile_bytes, self._device_type))
         columns = min(vocab, FEW_TILES * tile_columns)
         trained = kind.learns and not kind.adapter
         left_out = (vocab - columns) * width * trunk.lm_head.weight.element_size() if trained else 0
@@ -181,7 +188,16 @@ class Simulation:
             part = replace(read, num=num)
             return self._once(
                 ("lm", kind, part, columns),
-                lambda: run_lm_head(trunk, kind, part, columns, self.temperature, self.tile_bytes, KNOWN),
+                lambda: run_lm_head(
+                    trunk,
+                    kind,
+                    part,
+                    columns,
+                    temperature=self.temperature,
+                    tile_bytes=self.tile_bytes,
+                    device_type=self._device_type,
+                    known=KNOWN,
+                ),
             )
 
         if read.num * rows.response * vocab * 4 <= self.tile_bytes:  # the direct path, on the whole vocabulary

@@ -1,5 +1,6 @@
 """Let a decoder's gated MLPs and RMS norms keep less for backward; what they compute stays the same, bit for bit."""
 
+import copy
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hydra_rlhf.model.fused import GatedDown, Recomputed
+from hydra_rlhf.model.fused import GatedDown, Recomputed, RmsNorm
 from hydra_rlhf.model.lora import LoraLinear
 
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -17,9 +18,14 @@ MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 def fuse_layers(decoder: nn.Module) -> None:
     """Replace the forwards of gated MLPs and RMS norms in place; modules of other forms stay as they are."""
     known: dict[type[nn.Module], bool] = {}
+    norms: dict[tuple[type[nn.Module], float | None], float | None] = {}
     for module in decoder.modules():
         kind = type(module)
         if "RMSNorm" in kind.__name__:
+            key = (kind, eps_of(module))
+            if key not in norms:
+                norms[key] = norm_offset(module)
+            module.norm_offset = norms[key]  # pyright: ignore[reportArgumentType]
             module.forward = MethodType(recomputed_norm, module)
         elif all(hasattr(module, part) for part in MLP_PARTS):
             if kind not in known:
@@ -33,7 +39,33 @@ def recomputed_norm(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Te
     forward = partial(type(self).forward, self)
     if args or kwargs or not torch.is_grad_enabled():
         return forward(x, *args, **kwargs)
+    offset = self.norm_offset
+    if offset is not None and not self.weight.requires_grad:
+        return RmsNorm.apply(forward, x, self.weight + offset if offset else self.weight, eps_of(self))
     return Recomputed.apply(forward, 1, x, *self.parameters(recurse=False))
+
+
+def eps_of(norm: Any) -> float | None:
+    """What a norm adds to the mean of squares, by the two names that families have for it."""
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+@torch.no_grad()
+def norm_offset(norm: Any) -> float | None:
+    """c of a norm that is (c + weight) * x / sqrt(mean(x^2) + eps), None for any other: asked with numbers."""
+    weight, eps = getattr(norm, "weight", None), eps_of(norm)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+    if weight.is_meta:
+        return 0.0  # memory is planned on shapes; the model that trains is asked
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, len(weight), generator=generator).to(weight.device, torch.float64) for n in (3, 1))
+    x *= eps**0.5  # so that eps counts
+    twin = copy.deepcopy(norm).double()
+    twin.weight.copy_(w[0])
+    found = type(norm).forward(twin, x).double()
+    normed = x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return next((c for c in (0.0, 1.0) if torch.allclose(found, (c + w) * normed, rtol=1e-4, atol=1e-6)), None)
 
 
 def fused_mlp(self: Any, x: Float[Tensor, "*n h"]) -> Float[Tensor, "*n h"]:

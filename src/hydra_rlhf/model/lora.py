@@ -28,7 +28,7 @@ class AdapterSwitch:
         """Adapters that stage 1 left on a base it could not write to: part of "LoRA off", under every other."""
         self.stack: tuple[str, ...] = ()
         """The adapters in use now; empty outside `use`."""
-        self._made: dict[Hashable, list[Tensor]] | None = None
+        self._made: dict[Hashable, tuple[Tensor, ...]] | None = None
         self.waiting: set[SharedInput] = set()
         """Shared inputs that some of their linears have not asked for yet."""
 
@@ -41,7 +41,7 @@ class AdapterSwitch:
         finally:
             self._made = None
 
-    def made(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def made(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What `make` gives; inside `fixed`, for each key, what it gave the first time. Not to be differentiated."""
         if self._made is None:
             return make()
@@ -100,11 +100,16 @@ class SharedInput:
 
     def _products(self, switch: AdapterSwitch, x: Float[Tensor, "*n i"]) -> tuple[Float[Tensor, "*n r"], ...]:
         """A x of all members, those of one member together."""
-        As = [linear.lora_A[name] for linear in self.members for name in switch.stack]
+        stack = switch.stack
         if torch.is_grad_enabled():
-            return LoraDown.apply(x, *As)
-        (stacked,) = switch.made((id(self), switch.stack, x.dtype), lambda: [stack_rows(As, x.dtype)])
-        return torch.nn.functional.linear(x, stacked).split([len(A) for A in As], dim=-1)
+            return LoraDown.apply(x, *self._As(stack))
+        (stacked,) = switch.made((id(self), stack, x.dtype), lambda: (stack_rows(self._As(stack), x.dtype),))
+        product = torch.nn.functional.linear(x, stacked)
+        ranks = [self.members[0].rank[name] for name in stack] * len(self.members)
+        return product.split(ranks, dim=-1) if len(ranks) > 1 else (product,)
+
+    def _As(self, stack: tuple[str, ...]) -> list[nn.Parameter]:  # noqa: N802  # as in the paper
+        return [linear.lora_A[name] for linear in self.members for name in stack]
 
     def forget(self, switch: AdapterSwitch) -> None:
         """Let go of the input and of what is left of its products."""
@@ -128,6 +133,7 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.ParameterDict()
         """Per adapter: B of shape [out_features, rank]."""
         self.scale: dict[str, float] = {}
+        self.rank: dict[str, int] = {}
         self.shared = shared or SharedInput()
         self.shared.members.append(self)
 
@@ -149,11 +155,11 @@ class LoraLinear(nn.Module):
             A = torch.empty(rank, in_features, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         self.lora_A[name] = nn.Parameter(A.to(device=device, dtype=dtype))
         self.lora_B[name] = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
-        self.scale[name] = alpha / rank
+        self.scale[name], self.rank[name] = alpha / rank, rank
 
     def drop_adapter(self, name: str) -> None:
         """Forget one adapter."""
-        del self.lora_A[name], self.lora_B[name], self.scale[name]
+        del self.lora_A[name], self.lora_B[name], self.scale[name], self.rank[name]
 
     def updates(self) -> tuple[list[nn.Parameter], list[nn.Parameter], tuple[float, ...]]:
         """A, B and scale of each adapter in use, from the bottom of the stack up."""
@@ -167,7 +173,8 @@ class LoraLinear(nn.Module):
             return frozen_output(self.linear, x)
         us = self.shared.down(self, x)
         if not torch.is_grad_enabled():
-            Bs = switch.made((id(self), stack, x.dtype), lambda: [self.lora_B[name].to(x.dtype) for name in stack])
+            key = (id(self), stack, x.dtype)
+            Bs = switch.made(key, lambda: tuple(self.lora_B[name].to(x.dtype) for name in stack))
             return add_updates(frozen_output(self.linear, x), [self.scale[name] for name in stack], [*us, *Bs])
         _, Bs, scales = self.updates()
         return LoraUp.apply(x, self.linear, scales, *us, *Bs)
