@@ -1,7 +1,6 @@
 """PPO steps of one method on this machine, by the code that trains: seconds of each phase, and bytes of each phase."""
 
 import gc
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from hydra_rlhf.config import Recipe, RuntimeConfig
 from hydra_rlhf.memory.plan import Cuts
 from hydra_rlhf.model.hydra import HydraModel
 from hydra_rlhf.model.load import pick_device
+from hydra_rlhf.runtime.determinism import ask_for_determinism
 from hydra_rlhf.runtime.measure import PhaseMemory
 from hydra_rlhf.runtime.progress import Progress
 from hydra_rlhf.runtime.tensor_bytes import existing_bytes
@@ -155,11 +155,10 @@ def tensor_bytes(phases: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
 def machine_settings(runtime: RuntimeConfig) -> Iterator[None]:
     """Threads and determinism as a run of the recipe has them, until the block ends."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.set_num_threads(runtime.num_threads or threads)
-    torch.use_deterministic_algorithms(runtime.deterministic, warn_only=True)
+    ask_for_determinism(runtime.deterministic)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        ask_for_determinism(deterministic)

@@ -46,6 +46,11 @@ def sample_tokens(
         config=config,
         **others,
     )
-    with trunk.switch.fixed():
-        ENGINES[config.engine](sampling, num_rows or len(prompts))
+    finish(sampling, num_rows or len(prompts))
     return sampling.result()
+
+
+def finish(sampling: Sampling, num_rows: int) -> None:
+    """Finish all rows that are not finished with the engine of the settings, at most `num_rows` at a time."""
+    with sampling.trunk.switch.fixed():
+        ENGINES[sampling.config.engine](sampling, num_rows)

@@ -1,6 +1,5 @@
 """A recipe's stages in order, each skipped if already finished: data, stage 1, stage 2, evaluation."""
 
-import os
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,6 +20,7 @@ from hydra_rlhf.model.load import load_tokenizer, load_trunk, scratch_trunk
 from hydra_rlhf.model.lora import check_rank, find_linears
 from hydra_rlhf.model.roles import STAGE1_TABLES, STAGE2, method_table, stage1_models
 from hydra_rlhf.model.trunk import Trunk
+from hydra_rlhf.runtime.determinism import ask_for_determinism
 from hydra_rlhf.runtime.randomness import seed_for
 from hydra_rlhf.runtime.run import Run, is_run_folder, read_recipe
 from hydra_rlhf.stages import hydra_sft, reward_model, sft
@@ -250,6 +250,4 @@ def settle_machine(run: Run) -> None:
     if not machine.exists():
         run.write_json(machine.name, {"num_threads": run.recipe.runtime.num_threads or torch.get_num_threads()})
     torch.set_num_threads(run.read_json(machine.name)["num_threads"])
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-    # warn_only: a few CUDA kernels have no deterministic form at all; on the CPU nothing is left to warn of.
-    torch.use_deterministic_algorithms(run.recipe.runtime.deterministic, warn_only=True)
+    ask_for_determinism(run.recipe.runtime.deterministic)

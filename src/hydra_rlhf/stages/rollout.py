@@ -13,7 +13,7 @@ from hydra_rlhf.config import RewardConfig, SamplingConfig
 from hydra_rlhf.data.collate import left_pad_prompts
 from hydra_rlhf.data.formats import ChatFormat, TokenizedPrompt
 from hydra_rlhf.model.hydra import HydraModel
-from hydra_rlhf.model.sample import ENGINES
+from hydra_rlhf.model.sample import finish
 from hydra_rlhf.model.sampling import Sampling
 from hydra_rlhf.model.stop_strings import StopStrings
 from hydra_rlhf.records import PromptBatch, Responses, RoleOutput, Rollout, TokenBatch
@@ -107,7 +107,7 @@ def sample_responses(
         after_token=after_token,
         tile_bytes=model.logit_tile_bytes,
     )
-    finish_rows(limits, len(keys), partial(ENGINES[sampling.engine], job))
+    finish_rows(limits, len(keys), partial(finish, job))
     sampled = job.result()
     rows = zip(sampled.tokens.cpu(), sampled.mask.cpu(), strict=True)
     batch = TokenBatch(
