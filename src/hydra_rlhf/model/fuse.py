@@ -34,7 +34,7 @@ def fuse_layers(decoder: nn.Module) -> None:
                 module.forward = MethodType(fused_mlp, module)
 
 
-def recomputed_norm(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def recomputed_norm(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A norm's own forward, keeping x and not what it computes on the way; a method, so that a copy runs the copy."""
     forward = partial(type(self).forward, self)
     if args or kwargs or not torch.is_grad_enabled():

@@ -184,7 +184,8 @@ def gated_gradients(
     with torch.enable_grad():
         gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
         h = act(gate) * up
-    return h.detach(), *torch.autograd.grad(h, (gate, up), dh)
+    dgate, dup = torch.autograd.grad(h, (gate, up), dh)
+    return h.detach(), dgate, dup
 
 
 class RmsNorm(torch.autograd.Function):
