@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from contract.tiny import CONFIGS, LORA, ragged_batch
 from hydra_rlhf.model import attention
-from hydra_rlhf.model.fuse import eps_of, norm_offset
+from hydra_rlhf.model.fuse import eps_of, fuse_layers, norm_offset
 from hydra_rlhf.model.fused import frozen_output
 from hydra_rlhf.model.load import attention_implementation, to_dtype, without_dropout
 from hydra_rlhf.model.lora import LoraLinear
@@ -251,9 +251,67 @@ def test_other_norms_are_not_taken_for_known_ones() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.weight * x * x.square().mean(dim=-1, keepdim=True).rsqrt()
 
+    class Gated(HalfRMSNorm):
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+            return x * gate
+
+    class NoWeight(HalfRMSNorm):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.weight
+
     before = torch.get_rng_state()
+    assert norm_offset(Gated()) is None
+    assert norm_offset(NoWeight()) is None
     assert norm_offset(HalfRMSNorm()) is None
     assert norm_offset(NoEps()) is None
     assert norm_offset(nn.RMSNorm(8, eps=1e-6)) == 0.0
     assert norm_offset(nn.RMSNorm(8)) is None  # its eps depends on the dtype
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_norms_of_one_class_with_and_without_a_weight() -> None:
+    """As Gemma 3n has them: the first one of a class says nothing of the others."""
+
+    class SomeRMSNorm(nn.Module):
+        def __init__(self, *, with_scale: bool) -> None:
+            super().__init__()
+            self.eps = 1e-6
+            if with_scale:
+                self.weight = nn.Parameter(torch.ones(8), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            normed = x * (x.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()
+            return self.weight * normed if hasattr(self, "weight") else normed
+
+    both = nn.Sequential(SomeRMSNorm(with_scale=True), SomeRMSNorm(with_scale=False))
+    fuse_layers(both)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    both(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_gradient_of_a_norm_with_an_offset_in_half_precision() -> None:
+    """1 + w is not rounded to bfloat16, as the norm itself does not: else a w below 2^-8 were lost."""
+
+    class OffsetRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.full((64,), 0.0035).bfloat16(), requires_grad=False), 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            wide = x.float()
+            normed = wide * (wide.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()
+            return ((1.0 + self.weight.float()) * normed).type_as(x)
+
+    norm = nn.Sequential(OffsetRMSNorm())
+    generator = torch.Generator().manual_seed(0)
+    x, weights = (torch.randn(256, 64, generator=generator).bfloat16() for _ in "xw")
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    (norm(expected) * weights).sum().backward()
+    fuse_layers(norm)
+    (norm(found) * weights).sum().backward()
+    assert found.grad is not None
+    assert expected.grad is not None
+    scale = (found.grad.double() * expected.grad.double()).sum() / expected.grad.double().square().sum()
+    assert abs(scale - 1.0) < 1e-3

@@ -96,3 +96,32 @@ def test_half_precision_gradients(heads_groups, tile_bytes, masked, monkeypatch)
         assert half.grad.dtype == torch.bfloat16
         assert wide.grad is not None
         assert_close(half.grad.double(), wide.grad, atol=2e-2 * wide.grad.abs().max().item(), rtol=1e-2)
+
+
+def test_one_mask_for_all_rows(monkeypatch):
+    """However the rows are tiled, forward of one query and backward of many."""
+    monkeypatch.setattr(attention, "TILE_BYTES", 1)
+    query, key, value = inputs(4, 2, queries=1, keys=7, dtype=torch.float32)
+    mask = left_padding(7, 1, torch.float32)[2:]
+    with torch.no_grad():
+        found, _ = attention.attend(nn.Module(), query, key, value, mask, scaling=0.3)
+    assert_close(found.double(), written_out(query, key, value, mask, 0.3), atol=1e-6, rtol=0)
+    tensors = [x.detach().requires_grad_() for x in inputs(4, 2, queries=7, keys=7, dtype=torch.bfloat16)]
+    wides = [x.detach().double().requires_grad_() for x in tensors]
+    mask = left_padding(7, 7, torch.bfloat16)[2:]
+    attention.attend(nn.Module(), *tensors, mask, scaling=0.3)[0].sum().backward()
+    written_out(*wides, mask, 0.3).sum().backward()
+    for half, wide in zip(tensors, wides, strict=True):
+        assert half.grad is not None
+        assert wide.grad is not None
+        assert_close(half.grad.double(), wide.grad, atol=2e-2 * wide.grad.abs().max().item(), rtol=1e-2)
+
+
+def test_a_mask_for_each_head():
+    """As position biases make them: left to the fused kernel, one query or many."""
+    for queries, dtype in ((1, torch.float32), (7, torch.bfloat16)):
+        query, key, value = inputs(4, 2, queries=queries, keys=7, dtype=dtype)
+        mask = torch.randn(3, 4, queries, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+        with torch.set_grad_enabled(queries > 1):
+            found, _ = attention.attend(nn.Module(), query, key, value, mask, scaling=0.3)
+        assert_close(found.double(), written_out(query, key, value, mask, 0.3), atol=2e-2, rtol=1e-2)

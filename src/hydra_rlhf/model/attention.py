@@ -30,7 +30,7 @@ def attend(
     query: Float[Tensor, "b h q d"],
     key: Float[Tensor, "b g k d"],
     value: Float[Tensor, "b g k d"],
-    attention_mask: Float[Tensor, "b 1 q k"] | None,
+    attention_mask: Float[Tensor, "#b #h q k"] | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -44,10 +44,14 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if query.shape[2] == 1 and not torch.is_grad_enabled():
+    shared_mask = attention_mask is None or attention_mask.shape[1] == 1
+    if attention_mask is not None:
+        attention_mask = attention_mask.expand(len(query), -1, -1, -1)
+    if query.shape[2] == 1 and shared_mask and not torch.is_grad_enabled():
         return attend_once(query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5), None
     causal = attention_mask is None and query.shape[2] > 1 and bool(getattr(module, "is_causal", True))
-    flash = WideBackward.apply if query.dtype in HALF and torch.is_grad_enabled() else flash_attention
+    wide = query.dtype in HALF and shared_mask and torch.is_grad_enabled()
+    flash = WideBackward.apply if wide else flash_attention
     output, _ = flash(dense(query), dense(key), dense(value), attention_mask, causal, scaling)
     return output.transpose(1, 2), None
 
@@ -111,8 +115,8 @@ class WideBackward(torch.autograd.Function):
         query, key, value, output, log_normaliser, mask = ctx.saved_tensors
         gradients = tuple(torch.empty_like(x) for x in (query, key, value))
         (b, h), g = query.shape[:2], key.shape[1]
-        # Of a group: four tensors of the queries' size and two of the keys', and as many gradients as there are inputs.
-        group_bytes = 4 * (5 * query[0, : h // g].numel() + 4 * key[0, :1].numel())
+        # In float32 of a group: four tensors of the queries' size and four of the keys', gradients included.
+        group_bytes = 4 * (4 * query[0, : h // g].numel() + 4 * key[0, :1].numel())
         num_rows = max(1, TILE_BYTES // (g * group_bytes))
         num_groups = g if g * group_bytes <= TILE_BYTES else max(1, TILE_BYTES // group_bytes)
         for row, group in product(range(0, b, num_rows), range(0, g, num_groups)):

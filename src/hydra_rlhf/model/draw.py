@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hydra_rlhf.config import SamplingConfig
-from hydra_rlhf.model.heads import LMHead
+from hydra_rlhf.model.fused import frozen_product
+from hydra_rlhf.model.heads import LMHead, Product
 
 DRAW_BYTES = 8
 """Bytes per logit while tokens are drawn: logits and their exponentials, in float32."""
@@ -31,8 +32,9 @@ class GivenLogits:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def logits(self, logits: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
+    def logits(self, logits: Float[Tensor, "b v"], product: Product) -> Float[Tensor, "b v"]:
         """A copy, which may be written to."""
+        del product
         return logits.clone()
 
 
@@ -56,7 +58,7 @@ def draw_in_tiles(
     finite = torch.ones((), dtype=torch.bool, device=states.device)
     for start in range(0, len(states), size):
         tile = slice(start, start + size)
-        logits = head.logits(states[tile])
+        logits = head.logits(states[tile], frozen_product)
         if config.temperature != 1.0:
             logits /= config.temperature
         shares = Shares(logits)

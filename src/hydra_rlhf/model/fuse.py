@@ -1,6 +1,7 @@
 """Let a decoder's gated MLPs and RMS norms keep less for backward; what they compute stays the same, bit for bit."""
 
 import copy
+import inspect
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -18,11 +19,15 @@ MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 def fuse_layers(decoder: nn.Module) -> None:
     """Replace the forwards of gated MLPs and RMS norms in place; modules of other forms stay as they are."""
     known: dict[type[nn.Module], bool] = {}
-    norms: dict[tuple[type[nn.Module], float | None], float | None] = {}
+    norms: dict[tuple[object, ...], float | None] = {}
     for module in decoder.modules():
         kind = type(module)
         if "RMSNorm" in kind.__name__:
-            key = (kind, eps_of(module))
+            key = (
+                kind,
+                eps_of(module),
+                getattr(module, "weight", None) is None,
+            )  # one class has some with, some without
             if key not in norms:
                 norms[key] = norm_offset(module)
             module.norm_offset = norms[key]  # pyright: ignore[reportArgumentType]
@@ -41,7 +46,8 @@ def recomputed_norm(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return forward(x, *args, **kwargs)
     offset = self.norm_offset
     if offset is not None and not self.weight.requires_grad:
-        return RmsNorm.apply(forward, x, self.weight + offset if offset else self.weight, eps_of(self))
+        weight = offset + self.weight.float() if offset else self.weight  # families add in float32
+        return RmsNorm.apply(forward, x, weight, eps_of(self))
     return Recomputed.apply(forward, 1, x, *self.parameters(recurse=False))
 
 
@@ -50,11 +56,17 @@ def eps_of(norm: Any) -> float | None:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
+def needs_more(norm: nn.Module) -> bool:
+    """Whether a norm cannot run on its input alone, as one that is gated."""
+    _, _, *others = inspect.signature(type(norm).forward).parameters.values()
+    return any(other.default is other.empty and other.kind != other.VAR_KEYWORD for other in others)
+
+
 @torch.no_grad()
 def norm_offset(norm: Any) -> float | None:
     """c of a norm that is (c + weight) * x / sqrt(mean(x^2) + eps), None for any other: asked with numbers."""
     weight, eps = getattr(norm, "weight", None), eps_of(norm)
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float) or needs_more(norm):
         return None
     if weight.is_meta:
         return 0.0  # memory is planned on shapes; the model that trains is asked

@@ -1,12 +1,15 @@
 """The three heads that read a trunk's hidden states: language model, value and reward."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hydra_rlhf.model.fused import frozen_product
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(x, W, b) -> x W^T + b."""
 
 
 class ScalarHead(nn.Module):
@@ -53,9 +56,9 @@ class LMHead:
         """v: how many tokens have a logit."""
         return len(self.weight)
 
-    def logits(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
-        """Logits in at least float32; the product runs in the base's dtype."""
-        logits = frozen_product(hidden, self.weight, self.bias)
+    def logits(self, hidden: Float[Tensor, "n h"], product: Product = F.linear) -> Float[Tensor, "n v"]:
+        """Logits in at least float32; the `product` with the weight runs in the base's dtype."""
+        logits = product(hidden, self.weight, self.bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1.0:
             logits = logits * self.scale

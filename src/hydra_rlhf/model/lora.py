@@ -35,11 +35,11 @@ class AdapterSwitch:
     @contextmanager
     def fixed(self) -> Iterator[None]:
         """Inside the block no adapter changes: what passes make of them, stacked and in their dtype, is made once."""
-        self._made = {}
+        before, self._made = self._made, {}
         try:
             yield
         finally:
-            self._made = None
+            self._made = before
 
     def made(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What `make` gives; inside `fixed`, for each key, what it gave the first time. Not to be differentiated."""

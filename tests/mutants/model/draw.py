@@ -8,7 +8,7 @@ CHANGES = {
         ("no tiles", TILE, "size = len(states)"),
         ("half a logit counted", TILE, TILE.replace("DRAW_BYTES", "2")),
         ("uniforms of the first tile", "shares.draw(uniforms[tile])", "shares.draw(uniforms[: len(logits)])"),
-        ("states of the first tile", "head.logits(states[tile])", "head.logits(states[: len(states[tile])])"),
+        ("states of the first tile", "head.logits(states[tile],", "head.logits(states[: len(states[tile])],"),
         ("forbidden ids allowed", "logits[:, forbidden] = held", "pass"),
         ("order of tiles", "tokens=torch.cat(tokens)", "tokens=torch.cat(tokens[::-1])"),
         ("temperature ignored", "logits /= config.temperature", "pass"),
