@@ -1,8 +1,6 @@
 """`hydra-rlhf`: one function per command. Imports torch only in commands that need it."""
 
 import argparse
-import gc
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -19,11 +17,13 @@ from hydra_rlhf.cli_evaluation import (
     add_trust_option,
     positive_int,
 )
+from hydra_rlhf.cli_plan import add_plan_command, methods_named
 from hydra_rlhf.errors import ConfigError, HydraError
 
 if TYPE_CHECKING:
     from hydra_rlhf.config import Recipe
 
+SETTINGS_EPILOG = "Any setting can be given as --section.name value; `hydra-rlhf settings` lists them all."
 DEMO_RECIPE = Path(__file__).parent / "demo.yaml"
 
 
@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {sys.modules['hydra_rlhf'].__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_recipe_commands(commands)
+    add_plan_command(commands, read_recipe=recipe_with_overrides, epilog=SETTINGS_EPILOG)
     add_bench_command(commands, read_recipe=recipe_with_overrides, methods_named=methods_named)
     add_evaluation_commands(commands)
     add_run_commands(commands)
@@ -66,7 +67,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_recipe_commands(commands: Any) -> None:
     """Commands that take a recipe, and any of its settings as `--section.name value`."""
-    epilog = "Any setting can be given as --section.name value; `hydra-rlhf settings` lists them all."
     stages = {
         "run": ("evaluation", "run a recipe: all stages in order, each skipped if already finished, and the report"),
         "sft": ("sft", "run a recipe's stages up to its SFT model"),
@@ -79,7 +79,7 @@ def add_recipe_commands(commands: Any) -> None:
         ),
     }
     for name, (until, text) in stages.items():
-        command = commands.add_parser(name, help=text, description=text, epilog=epilog)
+        command = commands.add_parser(name, help=text, description=text, epilog=SETTINGS_EPILOG)
         command.add_argument(
             "recipe", type=Path, help="YAML file, e.g. recipes/quick.yaml; its `name` is the run folder's"
         )
@@ -89,24 +89,9 @@ def add_recipe_commands(commands: Any) -> None:
         add_trust_option(command)
         command.set_defaults(command=run, until=until, takes_settings=True)
     text = "the whole pipeline on the built-in world with a tiny model trained from nothing, on a CPU, with a report"
-    command = commands.add_parser("demo", help=text, description=text, epilog=epilog)
+    command = commands.add_parser("demo", help=text, description=text, epilog=SETTINGS_EPILOG)
     command.add_argument("--fresh", action="store_true", help="delete an earlier demo run first")
     command.set_defaults(command=demo, takes_settings=True)
-    text = "what each method needs, per phase, and what fits; reads the model's config and no weight"
-    command = commands.add_parser(
-        "plan",
-        help=text,
-        description=f"{text}. RECIPE: YAML file, the first word after `plan` (default: every setting's default)",
-        epilog=epilog,
-        usage="hydra-rlhf plan [RECIPE] [--model MODEL] [--budget BYTES] [--method METHOD] [--probe] [--json]",
-    )
-    command.add_argument("--model", help="hub name, folder, scratch:NAME or shape:NAME (e.g. shape:llama-2-7b)")
-    command.add_argument("--budget", help="bytes to stay within, e.g. 24GiB (default: what is free here)")
-    command.add_argument("--method", action="append", help="plan this method only (repeatable)")
-    command.add_argument("--probe", action="store_true", help="run one tiny step and correct the plan by it")
-    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    add_trust_option(command)
-    command.set_defaults(command=plan, takes_settings=True)
     command = commands.add_parser("settings", help="every setting of a recipe with its default")
     command.set_defaults(command=settings)
 
@@ -167,30 +152,6 @@ def demo(args: argparse.Namespace) -> None:
     print_summary(folder, report=render_report(folder))
 
 
-def plan(args: argparse.Namespace) -> None:
-    """`plan`: memory of every method before a weight is loaded."""
-    recipe = planned_recipe(args)
-
-    from hydra_rlhf.memory.report import plan_methods
-    from hydra_rlhf.reporting.plan_table import print_plan
-
-    gc.disable()  # to look through all that was imported once more takes as long as the plan of a method
-    try:
-        corrections: dict[str, float] = {}
-        if args.probe:
-            from hydra_rlhf.stages.probe_step import probe_step
-
-            corrections = probe_step(recipe, trust_remote_code=args.trust_remote_code)
-        methods = methods_named(args.method)
-        planned = plan_methods(recipe, methods, corrections, trust_remote_code=args.trust_remote_code)
-    finally:
-        gc.enable()
-    if args.json:
-        print(json.dumps(planned, indent=1))
-    else:
-        print_plan(planned, detailed=args.method or [recipe.method])
-
-
 def settings(args: argparse.Namespace) -> None:
     """`settings`: the recipe's fields as tyro shows them."""
     del args
@@ -233,26 +194,6 @@ def export(args: argparse.Namespace) -> None:
         trust_remote_code=args.trust_remote_code,
     )
     print(args.out)
-
-
-def methods_named(names: Sequence[str] | None) -> tuple[str, ...]:
-    """The methods to plan: those named, else all. Raises `ConfigError`."""
-    from hydra_rlhf.model.roles import ROLES
-
-    for name in names or ():
-        if name not in ROLES:
-            raise ConfigError(f"--method {name}: there is no such method; choose from {', '.join(ROLES)}")
-    return tuple(names or ROLES)
-
-
-def planned_recipe(args: argparse.Namespace) -> "Recipe":
-    """The recipe that `plan` is asked about: a file or the defaults, with its short options and overrides."""
-    short = [("--model.path", args.model), ("--memory.budget", args.budget)]
-    options = [word for name, value in short if value is not None for word in (name, value)]
-    # An optional positional argument of argparse would also take the value of a setting that argparse does not know.
-    has_file = bool(args.overrides) and not args.overrides[0].startswith("-")
-    recipe = Path(args.overrides[0]) if has_file else None
-    return recipe_with_overrides(recipe, [*options, *args.overrides[has_file:]])
 
 
 def recipe_with_overrides(source: "Path | Recipe | None", overrides: Sequence[str]) -> "Recipe":

@@ -1,5 +1,6 @@
 """The plan's answers about Llama-2-7B that docs/results.md promises, by the commands that stand there."""
 
+import re
 import shlex
 
 import pytest
@@ -33,7 +34,7 @@ def test_the_papers_setting_fits(line: list[str], gib: str, capfd: pytest.Captur
 def test_a_newcomer_is_told_what_to_set(budget: str, changes: str, capfd: pytest.CaptureFixture[str]) -> None:
     methods = [word for method in ("j-hydra-ppo", "hydra-ppo") for word in ("--method", method)]
     text = said(capfd, "plan", "--model", "shape:llama-2-7b", "--budget", budget, *methods)
-    verdict = f"None of 2 methods fits {budget.replace('GiB', ' GiB')} as it is set."
+    verdict = f"As it is set none of 2 methods fits {budget.replace('GiB', ' GiB')}."
     assert text.startswith(f"{verdict} With {changes} j-hydra-ppo and hydra-ppo fit.")
     assert f"hydra-ppo: fits with {changes}." in text
     assert "NAME=VALUE is given as --NAME VALUE" in text
@@ -41,3 +42,34 @@ def test_a_newcomer_is_told_what_to_set(budget: str, changes: str, capfd: pytest
     one = said(capfd, "plan", "--model", "shape:llama-2-7b", "--budget", budget, "--method", "hydra-ppo")
     assert f"at the least; fits with {changes}." in one
     assert one.count("fits with") == 1
+
+
+@pytest.mark.parametrize("budget", ["64MiB", "2GiB"])
+def test_what_it_needs_is_enough(budget: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The budget that is named where no setting helps, given with these settings, fits: it is rounded up."""
+    line = ["plan", "--model", "shape:llama-2-7b" if budget == "2GiB" else "scratch:tiny", "--method", "hydra-ppo"]
+    text = said(capfd, *line, "--budget", budget)
+    found = re.search(r"no setting makes it fit; with (.*?) it needs a budget of (\S+)\.", text)
+    assert found is not None, text
+    assert "0.44 GiB less for the process itself" in text
+    options = [word for change in found[1].split(", ") for word in f"--{change}".split("=")]
+    again = said(capfd, *line, "--budget", found[2], *options)
+    assert "fits" in again.split(":")[0]
+    assert "not fit" not in again.split(":")[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "24"], "--budget 24: not a number of bytes above zero; write it as 24GiB"),
+        (["--method", "grpo"], "use --method hydra-ppo --ppo.advantage-estimator grpo"),
+        (["--method", "hydra"], "there is no such method; choose from"),
+        (["--method", "dpo", "--probe"], "--probe runs one PPO step, and method=dpo has none"),
+        (["--model", "shape:llama"], "shape:llama-7b"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_by_name(
+    options: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("plan", "--model", "shape:llama-2-7b", *options) == 2
+    assert message in " ".join(capfd.readouterr().err.split())

@@ -617,7 +617,7 @@ def test_over_optimisation_is_seen_in_the_curves(record: RunRecord) -> None:
 @pytest.mark.parametrize(
     ("changes", "title"),
     [
-        ({"gold_mean": 0.4}, "over-optimised"),
+        ({"gold_mean": 0.4, "gold_win_rate_ci": (0.3, 0.45)}, "over-optimised"),
         ({"kl": 35.0}, "KL is above 20"),
         ({"score_win_rate_ci": (0.47, 0.6)}, "is not shown to beat"),
         ({"longer_wins_accuracy": 0.83}, "hardly better than"),
@@ -628,6 +628,13 @@ def test_over_optimisation_is_seen_in_the_curves(record: RunRecord) -> None:
 def test_a_summary_outside_its_range_is_warned_of(record: RunRecord, changes: dict[str, Any], title: str) -> None:
     found = find_problems(replace(record, summary=replace(record.summary, **changes)))
     assert [title in problem.title for problem in found] == [True]
+
+
+def test_gold_that_may_have_fallen_by_chance_is_not_warned_of(record: RunRecord) -> None:
+    by_chance = replace(record.summary, gold_mean=0.4, gold_win_rate_ci=(0.3, 0.55))
+    assert "over-optimised" not in titles(replace(record, summary=by_chance))
+    three_looks = with_curve(with_curve(record, "eval/gold", [0.5, 0.8, 0.0]), "eval/score", [0.0, 1.0, 2.0])
+    assert "over-optimised" not in titles(three_looks)
 
 
 def test_what_to_do_about_a_large_kl_depends_on_what_trains(record: RunRecord) -> None:

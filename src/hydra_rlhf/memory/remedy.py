@@ -1,5 +1,6 @@
 """Which settings would make a method fit a budget."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,13 +39,21 @@ def find_remedy(
         names = ", ".join(remedy.text for remedy in attempts[-1])
         with_all = f"with {names}" if names else "as it is"
         decisions = decide_method(changed_by(attempts[-1], recipe), config, table, budget, corrections)
-        needs = (peak(phases_of(decisions)) + PROCESS_BYTES) / 2**30
-        return f"no setting makes it fit; {with_all} it needs {needs:.1f} GiB"
+        needs = budget_for(peak(phases_of(decisions)))
+        return f"no setting makes it fit; {with_all} it needs a budget of {needs}"
     for remedy in list(changes):  # a later change may have made an earlier one needless
         without = [other for other in changes if other is not remedy]
         if without and suffice(without):
             changes = without
     return f"fits with {', '.join(remedy.text for remedy in changes)}"
+
+
+def budget_for(num_bytes: int) -> str:
+    """The least budget, as `memory.budget` takes it, in which tensors of so many bytes fit; rounded up."""
+    whole = num_bytes + PROCESS_BYTES
+    if whole < 2**30:
+        return f"{math.ceil(whole / 2**20)}MiB"
+    return f"{math.ceil(10 * whole / 2**30) / 10:.1f}GiB"
 
 
 def changed_by(changes: Sequence[Remedy], recipe: Recipe) -> Recipe:

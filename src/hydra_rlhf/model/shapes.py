@@ -108,14 +108,19 @@ def find_config(config: ModelConfig, *, trust_remote_code: bool = False) -> Pret
                     AutoModelForCausalLM.from_config(with_layers(found, 1), trust_remote_code=trust_remote_code)
             return found
         except UNREADABLE as error:
-            hint = f"; known shapes are {', '.join(SHAPE + name for name in SHAPES)}"
+            hint = f"; known shapes are {known_shapes()}"
             raise ModelError(
                 f"model.path={path!r} has no config that can be read: {first_line(error)}{hint}"
             ) from error
     if known is None:
-        raise ModelError(f"model.path={path!r} is unknown; there are {', '.join(SHAPE + name for name in SHAPES)}")
+        raise ModelError(f"model.path={path!r} is unknown; there are {known_shapes()}")
     known = dict(known)
     return AutoConfig.for_model(known.pop("model_type"), **known)
+
+
+def known_shapes() -> str:
+    """The names of all shapes, short ones too."""
+    return ", ".join(SHAPE + name for name in sorted({*SHAPES, *ALIASES}))
 
 
 def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:

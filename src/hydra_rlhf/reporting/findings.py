@@ -26,6 +26,8 @@ from hydra_rlhf.reporting.training_findings import (
     wins_by_length,
 )
 
+MIN_LOOKS = 4
+"""Looks at held-out prompts before a fall between two of them is judged."""
 MAX_KL = 20.0
 """Nats per response; beyond, the policy writes text that the reward was never trained on."""
 LARGE_KL_REMEDY = {
@@ -100,13 +102,15 @@ def _gold_falls(record: RunRecord) -> Finding | None:
     text = None
     if all(value is not None for value in numbers):
         score, score_before, gold, gold_before = (value or 0.0 for value in numbers)
-        if score > score_before and gold < gold_before:
+        interval = summary.gold_win_rate_ci
+        chance = interval is not None and interval[1] >= 0.5  # gold may have fallen by which prompts were drawn
+        if score > score_before and gold < gold_before and not chance:
             text = (
                 f"From reference to actor, the mean score goes from {format_score(score_before)} to "
                 f"{format_score(score)}, but gold from {format_score(gold_before)} to {format_score(gold)}."
             )
     scores, golds = record.series("ppo", "eval/score"), record.series("ppo", "eval/gold")
-    if text is None and scores is not None and golds is not None:
+    if text is None and scores is not None and golds is not None and len(list(golds.finite())) >= MIN_LOOKS:
         gold_of, score_of = dict(golds.finite()), dict(scores.finite())
         peak, last = max(gold_of, key=lambda step: gold_of[step]), max(gold_of)
         drop, span = gold_of[peak] - gold_of[last], max(gold_of.values()) - min(gold_of.values())

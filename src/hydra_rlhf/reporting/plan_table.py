@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hydra_rlhf.memory.budget import PROCESS_BYTES
 from hydra_rlhf.memory.count import PARTS
 from hydra_rlhf.reporting.tables import byte_unit
 
@@ -37,11 +38,13 @@ def print_plan(plan: Mapping[str, Any], detailed: Collection[str]) -> None:
         console.print(Text(sentence))
     for name, row in plan["methods"].items():
         console.print()
-        console.print(Text.assemble((name, "bold"), f", {unit_of(plan)[0]} of tensors in each phase"))
+        console.print(
+            Text.assemble((name, "bold"), f", {unit_of(plan)[0]} of tensors in each phase when it holds most")
+        )
         console.print(phases_table(plan, row, console.width))
     for name in detailed:
         console.print()
-        console.print(Text.assemble((name, "bold"), ", what was looked at; the chosen settings are bold"))
+        console.print(Text.assemble((name, "bold"), ", what was looked at and chosen"))
         console.print(options_table(plan, plan["methods"][name], console.width))
 
 
@@ -54,13 +57,13 @@ def verdict(plan: Mapping[str, Any]) -> str:
         need = f"{in_unit(plan, row['peak'])} {unit_of(plan)[0]} at its largest phase ({row['peak_phase']})"
         settings = f"micro-batches of {cuts['micro_batch_tokens']:,} tokens, {rows_text(cuts['rollout_rows'])}"
         if not row["fits"]:
-            return f"{name} does not fit {budget} as it is set: {need} at the least; {row['remedy']}."
+            return f"As it is set {name} does not fit {budget}: {need} at the least; {row['remedy']}."
         graphs = f", {ppo['kept_graphs']} graphs kept until all values are known" if cuts["kept_graphs"] > 1 else ""
         layers = layers_text(cuts["checkpointed_layers"], plan)
         return f"{name} fits {budget}: {need}; stage 2 in {settings}, {layers}{graphs}."
     fitting = [name for name, row in plan["methods"].items() if row["fits"]]
     if not fitting:
-        return f"None of {len(plan['methods'])} methods fits {budget} as it is set. {best_remedy(plan)}".strip()
+        return f"As it is set none of {len(plan['methods'])} methods fits {budget}. {best_remedy(plan)}".strip()
     return f"Of {len(plan['methods'])} methods {len(fitting)} fit {budget}: {', '.join(fitting)}."
 
 
@@ -106,6 +109,7 @@ def what_is_planned(plan: Mapping[str, Any]) -> str:
     packed = "" if plan["quantization"] == "none" else f", {plan['quantization']} base"
     factors = ", ".join(f"{phase} x {by:.2f}" for phase, by in plan["corrections"].items())
     probed = f"; corrected by a probe: {factors}" if factors else ""
+    process = "" if plan["budget"] == "auto" else f", {PROCESS_BYTES / 2**30:.2f} GiB less for the process itself"
     prompt = work["prompt_tokens"]
     texts = {
         "ppo": f"rollouts of {work['num_sequences']} x ({prompt} + {work['response_tokens']}) tokens, minibatches of "
@@ -116,7 +120,7 @@ def what_is_planned(plan: Mapping[str, Any]) -> str:
     return (
         f"{plan['model']} ({plan['num_layers']} layers, {dtype}{packed}), LoRA rank {plan['lora']['rank']} on "
         f"{' '.join(plan['lora']['targets'])}; {''.join(text for kind, text in texts.items() if kind in kinds)}"
-        f"{in_unit(plan, plan['tensor_budget'])} {unit_of(plan)[0]} for tensors{probed}"
+        f"{in_unit(plan, plan['tensor_budget'])} {unit_of(plan)[0]} for tensors{process}{probed}"
     )
 
 
@@ -165,7 +169,7 @@ def largest_text(largest: Mapping[str, int]) -> str:
         return text + f"{plain:,} tokens"
     if plain == 0:
         return text + f"{recomputed:,} tokens with all layers recomputed (none without)"
-    return text + f"{plain:,} tokens ({recomputed:,} with all layers recomputed)"
+    return text + f"{plain:,} tokens with no layer recomputed ({recomputed:,} with all)"
 
 
 def phases_table(plan: Mapping[str, Any], row: Mapping[str, Any], width: int) -> Table:
