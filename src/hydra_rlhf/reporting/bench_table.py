@@ -18,10 +18,10 @@ NOTES = {
 """What stands in place of the times of a row that was not measured to its end."""
 LEGEND = (
     "s/sample: a PPO step by its sequences, medians without the first of several steps, split into generating, "
-    "scoring, updating · tok/s: prompt and response tokens through whole steps · bound: the least time by the device's two rates, of the "
-    "time it took · bandw., matrix: bytes and operations that are needed, of those that the device could do meanwhile; "
-    "learning is scoring and updating · +: no larger batch was tried · planned: not run, since by the plan it does "
-    "not fit · no memory: begun, and memory ran out"
+    "scoring, updating · tok/s: prompt and response tokens through whole steps · bound: the least time by the device's "
+    "two rates, of the time it took · bandw., matrix: bytes and operations that are needed, of those that the device "
+    "could do meanwhile; learning is scoring and updating · +: no larger batch was tried · planned: not run, since by "
+    "the plan it does not fit · no memory: begun, and memory ran out"
 )
 
 
