@@ -1,5 +1,7 @@
 """Every decode engine, for every family, against a reference that decodes each row alone, no cache."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,8 @@ from torch.testing import assert_close
 
 from contract.tiny import FAMILIES, chat, prompts, randomise_adapters, tiny_hydra
 from hydra_rlhf.config import SamplingConfig
-from hydra_rlhf.model import slots
+from hydra_rlhf.errors import ModelError
+from hydra_rlhf.model import graphs, slots
 from hydra_rlhf.model.draw import restrict
 from hydra_rlhf.model.generate_batch import AVAILABLE
 from hydra_rlhf.model.hydra import HydraModel
@@ -23,6 +26,8 @@ STOPS = tuple(range(2, 40))
 """Some of the vocabulary, so that rows end at different times."""
 NOT_PAGED = ("opt", "gemma2")
 """Families that `generate_batch` refuses."""
+WINDOWED = ("gemma2", "mistral")
+"""Families whose attention looks back less far than these rollouts are wide, which `graphs` refuses."""
 PLAIN = SamplingConfig(max_response_tokens=LIMIT, stop_token_ids=STOPS)
 
 
@@ -94,6 +99,8 @@ def test_every_engine_and_number_of_slots_gives_what_each_row_gives_alone(family
     lengths = {len(ids) for ids, _ in alone}
     assert len(lengths) > 2, "rows should end at different times"
     runs = [("slots", None), ("slots", 5), ("slots", 1), ("generate", None), ("generate", 5)]
+    if family not in WINDOWED:
+        runs += [("graphs", None), ("graphs", 5)]
     if AVAILABLE and family not in NOT_PAGED:
         runs.append(("generate_batch", 5))
     for engine, rows in runs:
@@ -129,6 +136,53 @@ class CountedPasses:
             return hidden_states(tokens, attention_mask, **arguments)
 
         monkeypatch.setattr(trunk, "hidden_states", count)
+
+
+def test_steps_of_fixed_shapes_read_more_columns_as_they_come(family: str, monkeypatch: pytest.MonkeyPatch):
+    """Forty rows in three slots, through many numbers of columns and many shifts."""
+    hydra, batch = actor_model(family), tiny_batch(num_prompts=10, samples=4)
+    config = with_engine(PLAIN, "graphs")
+    if family in WINDOWED:
+        with pytest.raises(ModelError, match=r"engine=graphs: attention looks back 6 tokens.*use .*engine=slots"):
+            respond(hydra, batch, config, 3)
+        return
+    monkeypatch.setattr(graphs, "BUCKET", 3)
+    widths: list[int] = []
+    fixed = graphs.FixedSlots._step
+
+    def record(self: graphs.FixedSlots, width: int) -> None:
+        widths.append(width)
+        fixed(self, width)
+
+    monkeypatch.setattr(graphs.FixedSlots, "_step", record)
+    found, expected = respond(hydra, batch, config, 3), respond(hydra, batch, PLAIN, 3)
+    assert torch.equal(found.batch.tokens, expected.batch.tokens)
+    assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.ended, expected.ended)
+    assert len(set(widths)) > 2
+    assert any(later < earlier for earlier, later in pairwise(widths)), "columns should be used again"
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_a_step_changes_nothing_but_what_capturing_it_puts_back(samples: int, monkeypatch: pytest.MonkeyPatch):
+    """Each step is run twice more first, as before a capture; put back, they leave no trace."""
+    hydra, batch = actor_model("llama"), tiny_batch(num_prompts=3, samples=samples)
+    fixed = graphs.FixedSlots._step
+
+    def rehearsed(self: graphs.FixedSlots, width: int) -> None:
+        kept = self._changed()
+        before = [tensor.clone() for tensor in kept]
+        for _ in range(graphs.WARM_UPS):
+            fixed(self, width)
+            for tensor, old in zip(kept, before, strict=True):
+                tensor.copy_(old)
+        fixed(self, width)
+
+    expected = respond(hydra, batch, PLAIN)
+    monkeypatch.setattr(graphs.FixedSlots, "_step", rehearsed)
+    found = respond(hydra, batch, with_engine(PLAIN, "graphs"))
+    assert torch.equal(found.batch.tokens, expected.batch.tokens)
+    assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
 
 
 def test_samples_of_one_prompt_share_the_pass_over_it(monkeypatch: pytest.MonkeyPatch):

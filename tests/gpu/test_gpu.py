@@ -392,3 +392,29 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
         for key in ("loss/total", "score/mean", "loss/policy", "loss/value", "optim/actor_grad_norm"):
             if key in theirs:
                 assert ours[key] == pytest.approx(theirs[key], rel=FP32_BOUND, abs=1e-6), key
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_steps_in_graphs_give_the_tokens_of_plain_steps(family: str) -> None:
+    """More rows than slots, so that captured steps go on with other rows, other columns and shifted ones."""
+    trunk = tiny_trunk(family, torch.float64).to(DEVICE)
+    batch = on_device(ragged_batch())
+    ids, mask = batch.tokens[:, :5], batch.attention_mask[:, :5]
+    rows = torch.arange(24, device=DEVICE) % len(ids)
+    uniforms = torch.rand(24, 80, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(DEVICE)
+    found = {
+        engine: sample_tokens(
+            trunk,
+            None,
+            ids[rows],
+            mask[rows],
+            uniforms,
+            SamplingConfig(max_response_tokens=80, engine=engine),
+            stop_ids=tuple(range(2, 8)),
+            pad_id=0,
+            num_rows=6,
+        )
+        for engine in ("slots", "graphs")
+    }
+    assert torch.equal(found["graphs"].tokens, found["slots"].tokens)
+    assert torch.equal(found["graphs"].ended, found["slots"].ended)

@@ -35,6 +35,16 @@ class Joining:
 
 
 @dataclass(slots=True)
+class Fixed:
+    """A decode step whose shapes do not change from one to the next."""
+
+    at: Int[Tensor, ""]
+    """The column that is written."""
+    width: int
+    """Columns that are read, from the first one on; a mask hides those that are not there yet."""
+
+
+@dataclass(slots=True)
 class Columns:
     """What all layers of a cache share."""
 
@@ -44,6 +54,7 @@ class Columns:
     start: int = 0
     """The first column in use."""
     joining: Joining | None = None
+    fixed: Fixed | None = None
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -92,6 +103,11 @@ class PreallocatedLayer(DynamicLayer):
             self._key_store[joining.rows, ..., columns, :] = key_states[joining.sources]
             self._value_store[joining.rows, ..., columns, :] = value_states[joining.sources]
             return key_states, value_states
+        fixed = self._columns.fixed
+        if fixed is not None:
+            self._key_store.index_copy_(-2, fixed.at[None], key_states)
+            self._value_store.index_copy_(-2, fixed.at[None], value_states)
+            return self._key_store[..., : fixed.width, :], self._value_store[..., : fixed.width, :]
         start, self.stop = self.stop, self.stop + key_states.shape[-2]
         num_columns = self._columns.num_columns
         assert self.stop <= num_columns, f"{self.stop} columns in a cache of {num_columns}"
@@ -100,7 +116,9 @@ class PreallocatedLayer(DynamicLayer):
         return self._set_views()
 
     def get_seq_length(self) -> int:
-        """Columns in use; none to rows that join."""
+        """Columns in use; none to rows that join, all but the last in a step of fixed shapes."""
+        if self._columns.fixed is not None:
+            return self._columns.fixed.width - 1
         return 0 if self._columns.joining is not None or not self.is_initialized else self.stop - self._columns.start
 
     def batch_select_indices(self, indices: Int[Tensor, " n"]) -> None:
@@ -158,6 +176,21 @@ class PreallocatedCache(DynamicCache):
             yield
         finally:
             self.columns.joining = None
+
+    @contextmanager
+    def fixed(self, at: Int[Tensor, ""], width: int) -> Iterator[None]:
+        """Inside the block a decode step writes column `at` and reads the first `width`; the caller's mask hides some."""
+        self.columns.fixed = Fixed(at, width)
+        try:
+            yield
+        finally:
+            self.columns.fixed = None
+
+    def use_columns(self, start: int, stop: int) -> None:
+        """These columns are in use, whatever was written last."""
+        self.columns.start = start
+        for layer in self.layers:
+            layer.stop = stop  # pyright: ignore[reportAttributeAccessIssue]
 
     def drop_before(self, column: int) -> None:
         """No row needs what lies left of `column`: it is no longer in use."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from hydra_rlhf.config import SamplingConfig
 from hydra_rlhf.model.generate import generate
 from hydra_rlhf.model.generate_batch import generate_batch
+from hydra_rlhf.model.graphs import decode_in_graphs
 from hydra_rlhf.model.sampling import SampledTokens, Sampling
 from hydra_rlhf.model.slots import decode
 from hydra_rlhf.model.trunk import Trunk
@@ -17,7 +18,7 @@ from hydra_rlhf.model.trunk import Trunk
 Engine = Callable[[Sampling, int], None]
 """Finishes all rows of a sampling that are not finished, at most so many at a time; may be called again."""
 ENGINES: Mapping[str, Engine] = MappingProxyType(
-    {"slots": decode, "generate": generate, "generate_batch": generate_batch}
+    {"slots": decode, "graphs": decode_in_graphs, "generate": generate, "generate_batch": generate_batch}
 )
 """Every engine, by the name `ppo.sampling.engine` uses. The same uniform numbers give the same tokens in each."""
 

@@ -145,6 +145,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def refusal(why: str) -> ModelError:
-    """The error of what `generate_batch` cannot do."""
-    return ModelError(f"ppo.sampling.engine=generate_batch: {why}; use ppo.sampling.engine=slots")
+def refusal(why: str, engine: str = "generate_batch") -> ModelError:
+    """The error of what an engine cannot do."""
+    return ModelError(f"ppo.sampling.engine={engine}: {why}; use ppo.sampling.engine=slots")

@@ -25,13 +25,13 @@ MIN_PASS_TOKENS = 512
 
 
 @torch.no_grad()
-def decode(sampling: Sampling, num_slots: int) -> None:
-    """Finish all rows that are not finished, at most `num_slots` at a time, on one cache."""
+def decode(sampling: Sampling, num_slots: int, *, kind: "type[Slots] | None" = None) -> None:
+    """Finish all rows that are not finished, at most `num_slots` at a time, on one cache, in slots of some kind."""
     sampling.start_over()
     waiting = deque(sampling.left())
     if not waiting:
         return
-    slots = Slots(sampling, min(num_slots, len(waiting)))
+    slots = (kind or Slots)(sampling, min(num_slots, len(waiting)))
     look_every = LOOK_EVERY.get(sampling.prompts.device.type, LOOK_EVERY_ELSEWHERE)
     slots.join([waiting.popleft() for _ in range(len(slots.rows))])
     since = 0
@@ -173,7 +173,7 @@ class Slots:
             if self.sampling.ends_in_string(row, self.num_drawn[slot] - since - 1) or not running[slot]:
                 self.sampling.finished[row] = True
                 self.rows[slot], running[slot] = None, False
-        self.running = torch.tensor(running, device=self.running.device)
+        self.running.copy_(torch.tensor(running))
         self.drop_columns()
 
     def drop_columns(self) -> None:
@@ -200,4 +200,4 @@ class Slots:
         self.cache.shift_left(num)
         self.column -= num
         self.first_column = [first - num for first in self.first_column]
-        self.starts = (self.starts - num).clamp(min=0)
+        self.starts.sub_(num).clamp_(min=0)
