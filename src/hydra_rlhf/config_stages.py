@@ -101,9 +101,10 @@ class SamplingConfig:
     stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a response as well; what it is judged by is the text before them."""
     engine: Literal["slots", "graphs", "generate", "generate_batch"] = "slots"
-    """`slots`: this project's decoding; `graphs`: the same in CUDA graphs; `generate`, `generate_batch`: of transformers.
+    """`slots`: this project's decoding; `graphs`: that in CUDA graphs; `generate`, `generate_batch`: of transformers.
 
-    All draw the same tokens. `graphs` refuses models that look back less far than a rollout is wide. `generate_batch` (transformers 5.24 or newer) refuses models whose attention cannot read its paged cache.
+    All draw the same tokens. `graphs` refuses models that look back less far than a rollout is wide; `generate_batch`
+    (transformers 5.24 or newer) those whose attention cannot read its paged cache.
     """
     batch_rows: PositiveInt | None = None
     """Responses decoded together, a memory knob only; none = as many of the rollout batch as the memory plan allows."""

@@ -179,7 +179,7 @@ class PreallocatedCache(DynamicCache):
 
     @contextmanager
     def fixed(self, at: Int[Tensor, ""], width: int) -> Iterator[None]:
-        """Inside the block a decode step writes column `at` and reads the first `width`; the caller's mask hides some."""
+        """Inside the block a decode step writes column `at` and reads the first `width`; its mask hides some."""
         self.columns.fixed = Fixed(at, width)
         try:
             yield

@@ -1,8 +1,8 @@
 """Decoding in steps of fixed shapes, which a CUDA graph repeats without a call from the host for every kernel.
 
-A small model's decode step is a few thousand kernels of some microseconds: launching them takes longer than they do. In
-a graph all of them are launched at once. What may change between two steps is in tensors that stay where they are, and a
-step reads a number of columns that grows in steps of `BUCKET`. On other devices the same steps run as they are.
+A small model's decode step is a few thousand kernels of some microseconds: launching them takes longer than they do.
+In a graph all of them are launched at once. What may change between two steps is in tensors that stay where they are,
+and the number of columns that a step reads grows by `BUCKET`. On other devices the same steps run as they are.
 """
 
 from functools import partial
@@ -106,7 +106,7 @@ class FixedSlots(Slots):
 
 
 def check_window(trunk: Trunk, num_columns: int) -> None:
-    """Raise `ModelError` for attention that looks back less far than a rollout is wide: its mask counts from the end."""
+    """Raise `ModelError` for attention that looks back less far than a rollout is wide: masks count from the end."""
     window = getattr(text_config(trunk.model.config), "sliding_window", None)
     if window is not None and window < num_columns:
         raise refusal(f"attention looks back {window} tokens, and a rollout has {num_columns} columns", engine="graphs")
