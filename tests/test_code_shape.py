@@ -23,7 +23,7 @@ LAYERS = (
     {"algorithms", "model", "data", "runtime"},
     {"stages", "evaluation", "memory", "benchmark"},
     {"reporting"},
-    {"api", "cli", "cli_bench", "cli_chat", "cli_data", "cli_evaluation"},
+    {"api", "cli", "cli_bench", "cli_chat", "cli_data", "cli_evaluation", "cli_plan"},
 )
 LAYER_OF = {name: row for row, names in enumerate(LAYERS) for name in names}
 MEMORY_FOR_STAGES = {"hydra_rlhf.memory.count", "hydra_rlhf.memory.measure", "hydra_rlhf.memory.sizes"}

@@ -108,7 +108,8 @@ class Planner:
 
     def _rollout(self, table: RoleTable, group: Rows, held: dict[str, int]) -> dict[str, int]:
         need = self.simulation.rollout(group, adapter=table["actor"].adapter is not None)
-        return phase(held | {"cache": round(need.kept)}, replace(need, kept=0.0), less=need.kept)
+        held = held | {"cache": round(need.kept), "adapters": held["adapters"] + round(need.made)}
+        return phase(held, replace(need, kept=0.0), less=need.kept)
 
     def _update(self, table: RoleTable, cuts: Cuts, held: dict[str, int]) -> dict[str, int]:
         work = self.workload

@@ -8,7 +8,7 @@ import torch
 from transformers.configuration_utils import PretrainedConfig
 
 from hydra_rlhf.config import Recipe
-from hydra_rlhf.memory.budget import tensor_budget
+from hydra_rlhf.memory.budget import PROCESS_BYTES, tensor_budget
 from hydra_rlhf.memory.choose import MAX_MICRO_BATCH_TOKENS
 from hydra_rlhf.memory.decide import (
     NO_CORRECTIONS,
@@ -60,6 +60,7 @@ def plan_methods(
         "lora": {"rank": recipe.lora.rank, "targets": list(recipe.lora.targets), "dtype": recipe.lora.dtype},
         "budget": recipe.memory.budget,
         "tensor_budget": budget,
+        "process_bytes": 0 if recipe.memory.budget == "auto" else PROCESS_BYTES,
         "corrections": dict(corrections),
         "workload": asdict(workload_of(recipe)),
         "methods": rows,

@@ -45,6 +45,8 @@ class PassBytes:
     """Most while the heads ran forward and backward."""
     peak: float
     """Most over the whole pass."""
+    made: float = 0.0
+    """Of a rollout, not counted in the others: what it makes of the adapters, and holds until it ends."""
     graph: float = 0.0
     """Live between forward and backward: what backward of layers and heads needs, and what the heads said."""
 
@@ -113,12 +115,15 @@ class Simulation:
         """Prefill, a draw and the last decode step of one row group."""
         need = self.decoding(rows, adapter=adapter)
         cache, peak = need.cache(rows.num, self.num_layers), need.peak(rows.num, self.num_layers)
-        kept = need.kept(rows.num, self.num_layers)
+        kept = need.kept(rows.num, self.num_layers)  # the cache, and what was made of the adapters
         vocab = len(self.whole.lm_head.weight)
         drawing = kept + min(rows.num, max(1, self.tile_bytes // (DRAW_BYTES * vocab))) * vocab * DRAW_BYTES
         by = self.corrections.get("rollout", 1.0)
         return PassBytes(
-            kept=cache, head=cache + by * (drawing - cache), peak=cache + by * (max(peak, drawing) - cache)
+            kept=cache,
+            head=cache + by * (drawing - kept),
+            peak=cache + by * (max(peak, drawing) - kept),
+            made=kept - cache,
         )
 
     def layers(self, kind: PassKind, rows: Rows, *, recompute: bool) -> Need:

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hydra_rlhf.memory.budget import PROCESS_BYTES
 from hydra_rlhf.memory.count import PARTS
 from hydra_rlhf.reporting.tables import byte_unit
 
@@ -109,7 +108,8 @@ def what_is_planned(plan: Mapping[str, Any]) -> str:
     packed = "" if plan["quantization"] == "none" else f", {plan['quantization']} base"
     factors = ", ".join(f"{phase} x {by:.2f}" for phase, by in plan["corrections"].items())
     probed = f"; corrected by a probe: {factors}" if factors else ""
-    process = "" if plan["budget"] == "auto" else f", {PROCESS_BYTES / 2**30:.2f} GiB less for the process itself"
+    left = plan["process_bytes"] / 2**30
+    process = f", {left:.2f} GiB less for the process itself" if left else ""
     prompt = work["prompt_tokens"]
     texts = {
         "ppo": f"rollouts of {work['num_sequences']} x ({prompt} + {work['response_tokens']}) tokens, minibatches of "
