@@ -242,7 +242,9 @@ def test_stage_1_survives_and_learns_the_same(tuning: str, where: str):
     assert seen[0]["memory/micro_batch_tokens"] < history[0]["memory/micro_batch_tokens"] == 400
     for line, other in zip(history, seen, strict=True):
         for key in ("loss/total", "optim/grad_norm", "eval/perplexity", "eval/margin"):
-            assert other[key] == pytest.approx(line[key], rel=1e-9 if exact else 1e-6), key
+            # A margin is a difference of scores of about one, which a float32 set gives to some 1e-7.
+            absolute = 1e-7 if key == "eval/margin" and not exact else 0.0
+            assert other[key] == pytest.approx(line[key], rel=1e-9 if exact else 1e-6, abs=absolute), key
 
 
 def test_an_evaluation_survives():

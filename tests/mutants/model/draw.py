@@ -23,9 +23,13 @@ CHANGES = {
         ("upside down", "(logits - self.peak)", "(self.peak - logits)"),
         ("no exponential", ".exp_()", ".add_(50.0)"),
         ("the rest has no share", "rest.sum(dim=-1, keepdim=True)", "rest.new_zeros(len(rest), 1)"),
+        ("half of the sums", "torch.cat(sums, dim=1).double()", "torch.cat(sums, dim=1).double() / 2"),
         ("blocks across", "whole.unflatten(1, (num, self.block))", "whole.unflatten(1, (self.block, num)).mT"),
     ],
     "Shares.log_total": [
+        ("to the base of two", "self.sums.sum(dim=1).log()", "self.sums.sum(dim=1).log2()"),
+        ("mean of the blocks", "self.sums.sum(dim=1).log()", "self.sums.mean(dim=1).log()"),
+        ("the largest block alone", "self.sums.sum(dim=1).log()", "self.sums.amax(dim=1).log()"),
         ("relative to the peak", "self.peak.squeeze(1) + ", ""),
         ("not its logarithm", ".log()", ""),
     ],
@@ -37,6 +41,7 @@ CHANGES = {
             "(block * self.block + place).clamp(max=last)",
             "(block * self.block + place).clamp(max=last - 1)",
         ),
+        ("one token further", "block[:, None] * self.block +", "block[:, None] * self.block + 1 +"),
         ("place without its block", "(block * self.block + place)", "place"),
     ],
     "find": [
