@@ -223,7 +223,7 @@ def train(config: HydraSFTConfig, wanted: Callable[[set[str], int], str | None],
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_stage_1_survives_and_learns_the_same(tuning: str, where: str, monkeypatch: pytest.MonkeyPatch):
-    """Two steps, in float64, the LoRA set too; memory runs out on the whole batch of six pairs, and again on the first of its halves."""
+    """Two steps in float64; memory runs out on the whole batch of six pairs, and again on the first of its halves."""
     monkeypatch.setattr("hydra_rlhf.model.hydra.DTYPES", {"float32": torch.float64})
     config = HydraSFTConfig(
         tuning=tuning,  # pyright: ignore[reportArgumentType]

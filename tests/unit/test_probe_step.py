@@ -19,7 +19,7 @@ def test_a_step_needs_what_was_planned(method: str, model: ModelConfig):
     assert all(0.85 < factor < 1.2 for factor in corrections.values()), corrections
 
 
-def test_corrections_scale_activations_and_logits_and_nothing_else():
+def test_corrections_scale_activations_and_nothing_else():
     recipe = Recipe(name="probe", model=TINY, memory=MemoryConfig(budget="4GiB"))
     plain, corrected = (
         plan_methods(recipe, ("hydra-ppo",), corrections) for corrections in ({}, {"rollout": 3.0, "update": 2.0})
@@ -29,10 +29,8 @@ def test_corrections_scale_activations_and_logits_and_nothing_else():
     assert after["score"] == before["score"]
     for phase, factor in (("rollout", 3), ("update", 2)):
         changed = {part for part in before[phase] if before[phase][part] != after[phase][part]}
-        assert changed <= {"activations", "logits"}
-        assert changed
-        for part in changed:
-            assert after[phase][part] == pytest.approx(factor * before[phase][part], rel=1e-3)
+        assert changed == {"activations"}
+        assert after[phase]["activations"] == pytest.approx(factor * before[phase]["activations"], rel=1e-3)
     most = [plan["methods"]["hydra-ppo"]["largest"] for plan in (plain, corrected)]
     assert most[0]["micro_batch_tokens"] > most[1]["micro_batch_tokens"]
     assert most[0]["rollout_rows"] > most[1]["rollout_rows"]

@@ -190,7 +190,6 @@ def run_lm_head(
     *,
     temperature: float,
     tile_bytes: int,
-    device_type: str,
     known: KnownShapes,
 ) -> HeadBytes:
     """Bytes of log-probs of all response tokens, forward and backward, with a head of `vocab` columns."""
@@ -211,7 +210,6 @@ def run_lm_head(
             temperature=temperature,
             entropy_gradient=kind.entropy_gradient,
             tile_bytes=tile_bytes,
-            device_type=device_type,
         )
         del states
         kept = count.live - before

@@ -184,7 +184,8 @@ class Simulation:
         vocab, width = trunk.lm_head.weight.shape
         read = replace(rows, num=max(1, rows.num // 2)) if kind.half else rows
         kind = PassKind(adapter=kind.adapter, learns=kind.learns, entropy_gradient=kind.entropy_gradient)
-        tile_rows, tile_columns = tile_shape(2**30, vocab, sweep_bytes(self.tile_bytes, self._device_type))
+        tile_bytes = sweep_bytes(self.tile_bytes, self._device_type)
+        tile_rows, tile_columns = tile_shape(2**30, vocab, tile_bytes)
         columns = min(vocab, FEW_TILES * tile_columns)
         trained = kind.learns and not kind.adapter
         left_out = (vocab - columns) * width * trunk.lm_head.weight.element_size() if trained else 0
@@ -199,13 +200,12 @@ class Simulation:
                     part,
                     columns,
                     temperature=self.temperature,
-                    tile_bytes=self.tile_bytes,
-                    device_type=self._device_type,
+                    tile_bytes=tile_bytes,
                     known=KNOWN,
                 ),
             )
 
-        if read.num * rows.response * vocab * 4 <= self.tile_bytes:  # the direct path, on the whole vocabulary
+        if read.num * rows.response * vocab * 4 <= tile_bytes:  # the direct path, on the whole vocabulary
             return run(read.num, vocab)
         few = -(-FEW_TILES * tile_rows // rows.response)
         if read.num <= 2 * few:

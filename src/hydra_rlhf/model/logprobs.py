@@ -21,7 +21,7 @@ CPU_TILE_BYTES = 4 * 2**20
 
 
 def sweep_bytes(tile_bytes: int, device_type: str) -> int:
-    """Bytes of the tiles that a sweep over the logits is made in, at most `tile_bytes`."""
+    """Bytes of the largest block of logits on a kind of device, at most `tile_bytes`."""
     return min(tile_bytes, CPU_TILE_BYTES) if device_type == "cpu" else tile_bytes
 
 
@@ -67,20 +67,18 @@ def token_logprobs(
     temperature: float,
     entropy_gradient: bool = False,
     tile_bytes: int = LOGIT_TILE_BYTES,
-    device_type: str | None = None,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Log-prob of each target and entropy of each distribution.
 
     The entropy is a metric and keeps no graph, unless `entropy_gradient` asks for it. Where the logits are few they are
     simply kept; else, and in half precision always, they live in tiles. So the numbers of a half-precision head do not
-    depend on how many tokens there are: tiles are not rounded to its dtype, plain logits would be. `device_type` says
-    where this is to run, for tensors without numbers.
+    depend on how many tokens there are: tiles are not rounded to its dtype, plain logits would be.
     """
+    tile_bytes = sweep_bytes(tile_bytes, states.device.type)
     num_bytes = 4 * len(targets) * len(head.weight)
     fits = num_bytes <= tile_bytes and head.weight.dtype in (torch.float32, torch.float64)
     if fits:
         return direct_logprobs(head, states, targets, temperature=temperature, entropy_gradient=entropy_gradient)
-    tile_bytes = sweep_bytes(tile_bytes, device_type or states.device.type)
     if one_sweep_will_do(head, states, entropy_gradient=entropy_gradient):
         return swept_logprobs(head, states, targets, temperature=temperature, tile_bytes=tile_bytes)
     return tiled_logprobs(
