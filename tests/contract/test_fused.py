@@ -120,6 +120,23 @@ def test_outputs_and_adapter_gradients_equal_the_plain_layers(family: str, targe
     assert not torch.allclose(found["output"], alone["output"]), "the set below the actor's changes nothing"
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_linears_that_turn_out_to_read_different_inputs(grad: bool) -> None:
+    """q, k and v run together; one that gets an input of its own gets its own output, and from then on runs alone."""
+    trunk = trunk_of("llama", torch.float64, plain=False)
+    q, k, v = (trunk.lora_linears[f"layers.0.self_attn.{name}_proj"] for name in "qkv")
+    x, other = (torch.randn(2, 3, q.linear.in_features, dtype=torch.float64, requires_grad=grad) for _ in range(2))
+    for _ in range(2):
+        with torch.set_grad_enabled(grad), trunk.switch.use("actor"):
+            outputs = [q(x), k(other), v(x)]
+            expected = [plain_lora(q, x), plain_lora(k, other), plain_lora(v, x)]
+        for found, reference in zip(outputs, expected, strict=True):
+            assert_close(found, reference)
+        assert not trunk.switch.waiting
+    assert k.shared is not q.shared
+    assert q.shared is v.shared
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whole_models_train_as_plain_ones(family: str) -> None:
     """Full fine-tuning runs through the same norms and MLPs."""

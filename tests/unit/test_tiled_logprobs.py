@@ -193,6 +193,19 @@ def test_a_product_of_half_precision_is_float32():
     assert tiled_logprobs.product(torch.ones(1, 2).double(), torch.ones(2, 1).double()).dtype == torch.float64
 
 
+def test_a_tile_of_half_precision_is_exact():
+    # 1 + 2**-7 squared is 1 + 2**-6 + 2**-14: bfloat16 units multiply exactly and sum in float32. What was not bfloat16
+    # before it was widened, here 1 + 2**-12, is not handed to them.
+    half = torch.full((8, 64), 1 + 2**-7, dtype=torch.bfloat16)
+    tile = tiled_logprobs.raw_tile(half, tiled_logprobs.widened(half), None, torch.bfloat16)
+    assert_close(tile, torch.full((8, 8), 64 * (1 + 2**-6 + 2**-14)), rtol=0, atol=0)
+    single = torch.full((8, 64), 1 + 2**-12)
+    for states, dtype in ((single, torch.float32), (half, torch.float32)):
+        tile = tiled_logprobs.raw_tile(states, single, None, dtype)
+        assert_close(tile, 64 * (states.float()[:, :8] * (1 + 2**-12)), rtol=2**-22, atol=0)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none", "other products have changed"
+
+
 def test_gradients_are_summed_in_float32():
     # 128 columns of one tile each, the target's weight 1 + 2**-7 and the others 1. The gradient of the one state (0, so
     # p = 1/128) is the target's weight less the mean weight, 2**-7 (1 - 1/128). A bfloat16 sum of the 128 shares, which

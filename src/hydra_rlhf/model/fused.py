@@ -53,87 +53,108 @@ def rows(x: Float[Tensor, "*n d"]) -> Float[Tensor, "m d"]:
     return x.reshape(-1, x.shape[-1])
 
 
-def products(x: Float[Tensor, "*n i"], As: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """x A_i^T of each A, in one product; everywhere the same one, so that rounding does not depend on the path."""
-    return torch.nn.functional.linear(x, stack_rows(As, x.dtype)).split([len(A) for A in As], dim=-1)
-
-
 def stack_rows(As: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "r i"]:
     """Several A as one, in the dtype that computes; a single one that has it already as it is."""
-    return torch.cat([A.to(dtype) for A in As]) if len(As) > 1 else As[0].to(dtype)
+    return (torch.cat(tuple(As)) if len(As) > 1 else As[0]).to(dtype)
 
 
-class LoraDown(torch.autograd.Function):
-    """x -> x A_i^T for the A of several linears that read the same x, in one product; keeps x once."""
+class LoraProducts(torch.autograd.Function):
+    """x -> W x + b + sum_i s_i B_i A_i x of several linears that read the same x, their W frozen.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *As: Tensor) -> tuple[Tensor, ...]:
-        """[*n, i] -> one [*n, r_i] per A."""
-        ctx.save_for_backward(x, *As)
-        return products(x, As)
+    Keeps x once and the A_i x, neither an update nor an output. One function for all of them, so that what each says of
+    x's gradient is added up in place, and so that Python is asked once.
+    """
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """dx = sum_i du_i A_i, dA_i = du_i^T x."""
-        x, *As = ctx.saved_tensors
-        du = torch.cat([rows(grad) for grad in grads], dim=1)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = (du @ torch.cat([A.to(x.dtype) for A in As])).view(x.shape)
-        dAs = du.T @ rows(x)
-        return dx, *(
-            part.to(A.dtype) if needed else None
-            for part, A, needed in zip(dAs.split([len(A) for A in As]), As, ctx.needs_input_grad[1:], strict=True)
-        )
-
-
-class LoraUp(torch.autograd.Function):
-    """x, u_i -> W x + b + sum_i s_i B_i u_i with W frozen; keeps the u_i and neither x nor an update."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: nn.Module, scales: Sequence[float], *us_and_Bs: Tensor) -> Tensor:
-        """`us_and_Bs` are the u_i [*n, r_i], then the B_i [o, r_i]."""
-        ctx.linear, ctx.scales = linear, scales
-        ctx.save_for_backward(*us_and_Bs)
-        ctx.x_shape = x.shape
-        return add_updates(frozen_output(linear, x), scales, us_and_Bs)
+    def forward(
+        ctx: Any, x: Tensor, linears: Sequence[nn.Module], scales: Sequence[float], *As_and_Bs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """[*n, i] -> [*n, o] per linear. Scales are those of one linear, the same for all; `As_and_Bs` are the A
+        [r, i], those of one linear together, then the B [o, r] in the same order."""
+        As, Bs = As_and_Bs[: len(As_and_Bs) // 2], As_and_Bs[len(As_and_Bs) // 2 :]
+        u = torch.nn.functional.linear(x, stack_rows(As, x.dtype))
+        ctx.linears, ctx.scales, ctx.ranks = linears, scales, [len(A) for A in As]
+        ctx.save_for_backward(x, u, *As_and_Bs)
+        return outputs_of(x, u, linears, scales, ctx.ranks, Bs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """dx = dy W, du_i = s_i dy B_i, dB_i = s_i dy^T u_i."""
-        dy = rows(grad)
-        dx = (dy @ weight_of(ctx.linear)).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, *update_gradients(dy, ctx.scales, ctx.saved_tensors, ctx.needs_input_grad[3:])
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """du_i = s_i dy B_i, dB_i = s_i dy^T u_i, dx = sum dy W + sum_i du_i A_i, dA_i = du_i^T x."""
+        x, u, *As_and_Bs = ctx.saved_tensors
+        half, n = len(As_and_Bs) // 2, len(ctx.scales)
+        As, Bs, us = As_and_Bs[:half], As_and_Bs[half:], rows(u).split(ctx.ranks, dim=-1)
+        wants_x, _, _, *wanted = ctx.needs_input_grad
+        dx: Tensor | None = None
+        dus: list[Tensor] = []
+        dBs: list[Tensor | None] = []
+        for number, (linear, grad) in enumerate(zip(ctx.linears, grads, strict=True)):
+            dy, own = rows(grad), slice(number * n, (number + 1) * n)
+            du, dB = update_gradients(dy, ctx.scales, us[own], Bs[own], wanted[half:][own])
+            dus += du
+            dBs += dB
+            if wants_x:
+                dx = dy @ weight_of(linear) if dx is None else dx.addmm_(dy, weight_of(linear))
+        du = torch.cat(dus, dim=1) if len(dus) > 1 else dus[0]
+        if dx is not None:
+            dx = dx.addmm_(du, stack_rows(As, x.dtype)).view(x.shape)
+        return dx, None, None, *stacked_gradients(du, x, As, wanted[:half]), *dBs
 
 
-def add_updates(y: Tensor, scales: Sequence[float], us_and_Bs: Sequence[Tensor]) -> Tensor:
+def outputs_of(
+    x: Float[Tensor, "*n i"],
+    u: Float[Tensor, "*n r"],
+    linears: Sequence[nn.Module],
+    scales: Sequence[float],
+    ranks: Sequence[int],
+    Bs: Sequence[Tensor],
+) -> tuple[Float[Tensor, "*n o"], ...]:
+    """Each linear's output with its updates, from x and from what all A say of x."""
+    n, us = len(scales), u.split(ranks, dim=-1)
+    return tuple(
+        add_updates(frozen_output(linear, x), scales, us[i * n : (i + 1) * n], Bs[i * n : (i + 1) * n])
+        for i, linear in enumerate(linears)
+    )
+
+
+def add_updates(
+    y: Float[Tensor, "*n o"], scales: Sequence[float], us: Sequence[Tensor], Bs: Sequence[Tensor]
+) -> Float[Tensor, "*n o"]:
     """y + sum_i s_i B_i u_i, in place."""
     flat = y.view(-1, y.shape[-1])
-    for scale, u, B in zip(scales, us_and_Bs[: len(scales)], us_and_Bs[len(scales) :], strict=True):
+    for scale, u, B in zip(scales, us, Bs, strict=True):
         flat.addmm_(rows(u), B.to(y.dtype).T, alpha=scale)
     return y
 
 
 def update_gradients(
-    dy: Float[Tensor, "m o"], scales: Sequence[float], us_and_Bs: Sequence[Tensor], needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of the u_i, then of the B_i; None where not needed."""
-    us, Bs = us_and_Bs[: len(scales)], us_and_Bs[len(scales) :]
-    dus = [
-        (dy @ B.to(dy.dtype)).mul_(scale).view(u.shape) if want else None
-        for scale, u, B, want in zip(scales, us, Bs, needed, strict=False)
-    ]
+    dy: Float[Tensor, "m o"],
+    scales: Sequence[float],
+    us: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Gradients of the u_i [m, r_i], and of the B_i where they are wanted."""
+    dus = [(dy @ B.to(dy.dtype)).mul_(scale) for scale, B in zip(scales, Bs, strict=True)]
     dBs = [
         (dy.T @ rows(u)).mul_(scale).to(B.dtype) if want else None
-        for scale, u, B, want in zip(scales, us, Bs, needed[len(scales) :], strict=True)
+        for scale, u, B, want in zip(scales, us, Bs, wanted, strict=True)
     ]
-    return [*dus, *dBs]
+    return dus, dBs
+
+
+def stacked_gradients(
+    du: Float[Tensor, "m r"], x: Float[Tensor, "*n i"], As: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of the A that are wanted: one product for all of them."""
+    if not any(wanted):
+        return [None] * len(As)
+    parts = (du.T @ rows(x)).to(As[0].dtype).split([len(A) for A in As])
+    return [part if want else None for part, want in zip(parts, wanted, strict=True)]
 
 
 class GatedDown(torch.autograd.Function):
-    """act(gate) * up -> W h + b + sum_i s_i B_i A_i h with W frozen; keeps gate, up and the u_i = A_i h, not h."""
+    """act(gate) * up -> W h + b + sum_i s_i B_i A_i h with W frozen; keeps gate, up and the A_i h, not h."""
 
     @staticmethod
     def forward(
@@ -149,29 +170,24 @@ class GatedDown(torch.autograd.Function):
         ctx.act, ctx.linear, ctx.scales = act, linear, scales
         h = act(gate).mul_(up)
         As, Bs = As_and_Bs[: len(scales)], As_and_Bs[len(scales) :]
-        us = products(h, As)
-        ctx.save_for_backward(gate, up, *us, *As_and_Bs)
-        return add_updates(frozen_output(linear, h), scales, [*us, *Bs])
+        u = torch.nn.functional.linear(h, stack_rows(As, h.dtype))
+        ctx.ranks = [len(A) for A in As]
+        ctx.save_for_backward(gate, up, u, *As_and_Bs)
+        return outputs_of(h, u, [linear], scales, ctx.ranks, Bs)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As in `LoraDown` and `LoraUp`, with h computed again."""
-        n = len(ctx.scales)
-        gate, up, *rest = ctx.saved_tensors
-        us, As, Bs = rest[:n], rest[n : 2 * n], rest[2 * n :]
-        dy, needed = rows(grad), ctx.needs_input_grad
-        gradients = update_gradients(dy, ctx.scales, [*us, *Bs], [True] * n + list(needed[5 + n :]))
-        dus = [du for du in gradients[:n] if du is not None]
-        dh = dy @ weight_of(ctx.linear)
-        for du, A in zip(dus, As, strict=True):
-            dh.addmm_(rows(du), A.to(dh.dtype))
+        """As in `LoraProducts`, with h computed again."""
+        gate, up, u, *As_and_Bs = ctx.saved_tensors
+        n, dy = len(ctx.scales), rows(grad)
+        As, Bs, us = As_and_Bs[:n], As_and_Bs[n:], rows(u).split(ctx.ranks, dim=-1)
+        wanted = ctx.needs_input_grad[5:]
+        dus, dBs = update_gradients(dy, ctx.scales, us, Bs, wanted[n:])
+        du = torch.cat(dus, dim=1) if n > 1 else dus[0]
+        dh = (dy @ weight_of(ctx.linear)).addmm_(du, stack_rows(As, dy.dtype))
         h, dgate, dup = gated_gradients(ctx.act, gate, up, dh.view(gate.shape))
-        dAs = [
-            (rows(du).T @ rows(h)).to(A.dtype) if want else None
-            for du, A, want in zip(dus, As, needed[5 : 5 + n], strict=True)
-        ]
-        return dgate, dup, None, None, None, *dAs, *gradients[n:]
+        return dgate, dup, None, None, None, *stacked_gradients(du, h, As, wanted[:n]), *dBs
 
 
 def gated_gradients(

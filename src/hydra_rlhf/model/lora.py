@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hydra_rlhf.errors import ConfigError
-from hydra_rlhf.model.fused import LoraDown, LoraUp, add_updates, frozen_output, stack_rows
+from hydra_rlhf.model.fused import LoraProducts, frozen_output, outputs_of, stack_rows
 from hydra_rlhf.model.quantized import QuantizedLinear
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -77,43 +77,61 @@ class AdapterSwitch:
 
 
 class SharedInput:
-    """LoRA linears that read one input (q, k, v; gate, up): their A run as one product, and the input is kept once."""
+    """LoRA linears that read one input (q, k, v; gate, up): they run together, and the input is kept once.
+
+    The first one that is called runs all; the others' outputs wait for their calls. Where one is called with another
+    input while outputs wait, the linears share no input after all, and each is on its own from then on.
+    """
 
     def __init__(self) -> None:
         self.members: list[LoraLinear] = []
-        self._parts: dict[int, tuple[Tensor, ...]] = {}
+        self._outputs: dict[int, Tensor] = {}
         self._x: Tensor | None = None
         self._stack: tuple[str, ...] = ()
 
-    def down(self, member: "LoraLinear", x: Float[Tensor, "*n i"]) -> tuple[Float[Tensor, "*n r"], ...]:
-        """A x of one member, one per adapter in use; the others' are computed along and wait for their call."""
-        stack = member.switch.stack
-        if self._x is not x or self._stack != stack or id(member) not in self._parts:
-            flat, n = self._products(member.switch, x), len(stack)
-            self._parts = {id(m): flat[i * n : (i + 1) * n] for i, m in enumerate(self.members)}
-            self._x, self._stack = x, stack
-            member.switch.waiting.add(self)
-        parts = self._parts.pop(id(member))
-        if not self._parts:
-            self.forget(member.switch)
-        return parts
+    def output(self, member: "LoraLinear", x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        """What one member says of x, with the adapters in use."""
+        switch = member.switch
+        waits = self._x is x and self._stack == switch.stack and id(member) in self._outputs
+        if not waits and self._outputs:
+            self.forget(switch)
+            self.members.remove(member)
+            member.shared = SharedInput()
+            member.shared.members.append(member)
+            return member.shared.output(member, x)
+        if not waits:
+            outputs = self._run(switch, x)
+            if len(outputs) == 1:
+                return outputs[0]
+            self._outputs = {id(m): y for m, y in zip(self.members, outputs, strict=True)}
+            self._x, self._stack = x, switch.stack
+            switch.waiting.add(self)
+        output = self._outputs.pop(id(member))
+        if not self._outputs:
+            self.forget(switch)
+        return output
 
-    def _products(self, switch: AdapterSwitch, x: Float[Tensor, "*n i"]) -> tuple[Float[Tensor, "*n r"], ...]:
-        """A x of all members, those of one member together."""
-        stack = switch.stack
+    def _run(self, switch: AdapterSwitch, x: Float[Tensor, "*n i"]) -> tuple[Float[Tensor, "*n o"], ...]:
+        """The outputs of all members."""
+        stack, first = switch.stack, self.members[0]
+        linears = [member.linear for member in self.members]
+        scales = [first.scale[name] for name in stack]
         if torch.is_grad_enabled():
-            return LoraDown.apply(x, *self._As(stack))
-        (stacked,) = switch.made((id(self), stack, x.dtype), lambda: (stack_rows(self._As(stack), x.dtype),))
-        product = torch.nn.functional.linear(x, stacked)
-        ranks = [self.members[0].rank[name] for name in stack] * len(self.members)
-        return product.split(ranks, dim=-1) if len(ranks) > 1 else (product,)
+            As = [member.lora_A[name] for member in self.members for name in stack]
+            Bs = [member.lora_B[name] for member in self.members for name in stack]
+            return LoraProducts.apply(x, linears, scales, *As, *Bs)
+        A, *Bs = switch.made((id(self), stack, x.dtype), lambda: self._made(stack, x.dtype))
+        ranks = [first.rank[name] for name in stack] * len(self.members)
+        return outputs_of(x, torch.nn.functional.linear(x, A), linears, scales, ranks, Bs)
 
-    def _As(self, stack: tuple[str, ...]) -> list[nn.Parameter]:  # noqa: N802  # as in the paper
-        return [linear.lora_A[name] for linear in self.members for name in stack]
+    def _made(self, stack: tuple[str, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """All A as one, and the B, in the dtype that computes."""
+        As = [member.lora_A[name] for member in self.members for name in stack]
+        return stack_rows(As, dtype), *(member.lora_B[name].to(dtype) for member in self.members for name in stack)
 
     def forget(self, switch: AdapterSwitch) -> None:
-        """Let go of the input and of what is left of its products."""
-        self._x, self._parts = None, {}
+        """Let go of the input and of the outputs that wait."""
+        self._x, self._outputs = None, {}
         switch.waiting.discard(self)
 
 
@@ -168,16 +186,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """[*n, in_features] -> [*n, out_features] with the adapters in use now."""
-        switch, stack = self.switch, self.switch.stack
-        if not stack:
-            return frozen_output(self.linear, x)
-        us = self.shared.down(self, x)
-        if not torch.is_grad_enabled():
-            key = (id(self), stack, x.dtype)
-            Bs = switch.made(key, lambda: tuple(self.lora_B[name].to(x.dtype) for name in stack))
-            return add_updates(frozen_output(self.linear, x), [self.scale[name] for name in stack], [*us, *Bs])
-        _, Bs, scales = self.updates()
-        return LoraUp.apply(x, self.linear, scales, *us, *Bs)
+        return self.shared.output(self, x) if self.switch.stack else frozen_output(self.linear, x)
 
     def extra_repr(self) -> str:
         """The adapters' names, for `print(model)`."""

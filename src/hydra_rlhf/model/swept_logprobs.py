@@ -59,7 +59,7 @@ class SweptLogprobs(torch.autograd.Function):
         for vocabulary in spans(len(weight), shape[1]):
             columns = widened(weight[vocabulary])
             for tokens in spans(len(targets), shape[0]):
-                tile = raw_tile(states[tokens], columns, None if bias is None else bias[vocabulary])
+                tile = raw_tile(states[tokens], columns, None if bias is None else bias[vocabulary], weight.dtype)
                 shrink, exponentials = softmax.rows(tokens).fold_(tile, targets[tokens] - vocabulary.start, shaping)
                 del tile
                 add_product_(pull[tokens].mul_(shrink[:, None]), exponentials, columns)
