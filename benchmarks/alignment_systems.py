@@ -21,8 +21,10 @@ PROMPT_SEED = 777
 """Draws them; the world holds prompts out by a rule, so no seed trains on any of them."""
 BEST_OF = 16
 """Samples of best-of-n."""
-NUM_STEPS, ROLLOUT_SEQUENCES = 32, 64
-"""PPO steps and responses of each: 2,048 samples for every method that samples."""
+NUM_STEPS, ROLLOUT_SEQUENCES = 48, 64
+"""PPO steps and responses of each: 3,072 samples for every method that samples."""
+TUNING_STEPS = 32
+"""PPO steps of every grid point on the development seeds."""
 
 STAGE1 = {"num_epochs": 2, "learning_rate": 2e-3, "batch_size": 16, "eval_every": 0}
 BASE: Settings = {
@@ -73,6 +75,16 @@ class System:
     """What was tried on the development seeds, laid over `settings`."""
 
 
+def merged(*parts: Settings) -> dict[str, Any]:
+    """Nested settings laid over one another, the last one on top."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            known = found.get(name)
+            found[name] = merged(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) else value
+    return found
+
+
 def rates(rate: float) -> dict[str, float]:
     """One learning rate for all that PPO trains."""
     return dict.fromkeys(("actor_learning_rate", "critic_learning_rate", "value_head_learning_rate"), rate)
@@ -84,21 +96,20 @@ GRID: tuple[Settings, ...] = tuple(
 """The same for every system that samples, TRL's included."""
 
 
-def ppo(method: str, start: str, **settings: Any) -> System:
-    """One of the five methods."""
-    return System(
-        name=method, start=start, takes=STARTS[start][2], settings={"method": method, "ppo": settings}, grid=GRID
-    )
+def ppo(method: str, start: str, chosen: Settings) -> System:
+    """One of the five methods, with the grid point that was best on the development seeds."""
+    settings = merged({"method": method}, chosen)
+    return System(name=method, start=start, takes=STARTS[start][2], settings=settings, grid=GRID)
 
 
-def critic_free(name: str) -> System:
+def critic_free(name: str, chosen: Settings) -> System:
     """A method without a critic on the hydra's base: a quarter of the prompts, four responses to each."""
     grouped = {
         "advantage_estimator": name,
         "samples_per_prompt": 4,
         "rollout_batch_size": ROLLOUT_SEQUENCES // 4,
     }
-    settings = {"method": "hydra-ppo", "ppo": grouped}
+    settings = merged({"method": "hydra-ppo", "ppo": grouped}, chosen)
     return System(name=name, start="hydra", takes=("hydra_sft",), settings=settings, grid=GRID)
 
 
@@ -107,19 +118,19 @@ DPO: Settings = {
     "preference": {"num_epochs": 1, "batch_size": 32, "learning_rate": 1e-3, "dpo_beta": 0.1, "eval_every": 0},
 }
 DPO_GRID: tuple[Settings, ...] = tuple(
-    {"preference": {"learning_rate": rate, "dpo_beta": beta}} for rate in (5e-4, 1e-3) for beta in (0.05, 0.1)
+    {"preference": {"learning_rate": rate, "dpo_beta": beta}} for rate in (2e-4, 5e-4, 1e-3) for beta in (0.05, 0.1)
 )
 
 SYSTEMS: Mapping[str, System] = {
     system.name: system
     for system in (
-        ppo("ppo", "separate"),
-        ppo("lora-ppo", "separate"),
-        ppo("d-lora-ppo", "separate"),
-        ppo("j-hydra-ppo", "hydra"),
-        ppo("hydra-ppo", "hydra"),
-        critic_free("rloo"),
-        critic_free("grpo"),
+        ppo("ppo", "separate", GRID[3]),
+        ppo("lora-ppo", "separate", GRID[1]),
+        ppo("d-lora-ppo", "separate", GRID[1]),
+        ppo("j-hydra-ppo", "hydra", GRID[3]),
+        ppo("hydra-ppo", "hydra", GRID[0]),
+        critic_free("rloo", GRID[0]),
+        critic_free("grpo", GRID[1]),
         System(name="dpo", start="separate", takes=("sft",), settings=DPO, grid=DPO_GRID),
     )
 }
@@ -179,13 +190,3 @@ KL_SETTINGS: Mapping[str, Settings] = {
     "with KL": {"ppo": {"kl_coef": 0.3}},
 }
 """What the two runs of a pair differ in."""
-
-
-def merged(*parts: Settings) -> dict[str, Any]:
-    """Nested settings laid over one another, the last one on top."""
-    found: dict[str, Any] = {}
-    for part in parts:
-        for name, value in part.items():
-            known = found.get(name)
-            found[name] = merged(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) else value
-    return found

@@ -2,16 +2,18 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
 
 from alignment_runs import Bench
-from alignment_systems import DEVELOPMENT_SEEDS, SYSTEMS, TRL, TRL_GRID, Player
+from alignment_systems import DEVELOPMENT_SEEDS, SYSTEMS, TRL, TRL_GRID, TUNING_STEPS, Player, merged
 
 
 def tuning(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     """Mean held-out gold of every grid point on the development seeds, by each run's own evaluation."""
+    bench = replace(bench, base=merged({"ppo": {"num_steps": TUNING_STEPS}}, bench.base))
     seeds = tuple(args.seeds or DEVELOPMENT_SEEDS)
     names = tuple(name for name in args.systems if name in SYSTEMS)
     points = [(name, number) for name in names for number in range(len(SYSTEMS[name].grid))]
@@ -37,7 +39,7 @@ def tuning(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
             golds = [sum(one["gold"]) / len(one["gold"]) for one in seen]
             kl = [one["kl"] for one in seen]
             rows.append({"system": TRL, "settings": settings, "gold_mean": golds, "kl": kl})
-    return {"seeds": list(seeds), "rows": rows}
+    return {"seeds": list(seeds), "num_steps": TUNING_STEPS, "rows": rows}
 
 
 def tuned(bench: Bench, label: str, seeds: Sequence[int]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_every_method_sees_equally_many_samples(name: str):
     for point in ({}, *system.grid):
         settings = alignment_systems.merged(alignment_systems.BASE, system.settings, point, {"name": name})
         ppo = parse_recipe(settings, source=name).ppo
-        assert ppo.num_steps * ppo.rollout_batch_size * ppo.samples_per_prompt == 2048
+        assert ppo.num_steps * ppo.rollout_batch_size * ppo.samples_per_prompt == 3072
 
 
 def test_grouped_samples_are_as_many():
