@@ -80,17 +80,20 @@ class Bench:
         start = self.starts(system.start, system.takes, seed)
         self.run("run", label or system.name, seed, system.settings, start, *settings)
 
+    def trl_inputs(self, seed: int) -> Path:
+        """Weights, reward model and prompts of the seed's hydra-ppo run, as TRL reads them."""
+        inputs = self.work / "trl" / f"inputs-s{seed}"
+        if not (inputs / "workload.json").exists():
+            script = str(HERE / "alignment_peer.py")
+            run_measured([sys.executable, script, str(self.folder("hydra-ppo", seed)), str(inputs)], threads=THREADS)
+        return inputs
+
     def trl(self, seed: int, settings: Settings = TRL_SETTINGS, label: str = TRL) -> None:
-        """TRL's PPO on the weights, the reward model and the prompts of the seed's hydra-ppo run."""
+        """TRL's PPO on the inputs of a seed, which two runs side by side must not make at once."""
         folder = self.folder(label, seed)
         if (folder / "measured.json").exists():
             return
-        inputs = self.work / "trl" / f"inputs-s{seed}"
-        if not (inputs / "workload.json").exists():
-            run_measured(
-                [sys.executable, str(HERE / "alignment_peer.py"), str(self.folder("hydra-ppo", seed)), str(inputs)],
-                threads=THREADS,
-            )
+        inputs = self.trl_inputs(seed)
         options = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         script = str(HERE / "peers" / "trl_study.py")
         done = run_measured(

@@ -28,6 +28,7 @@ def tuning(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     ]
     if TRL in args.systems:
         bench.each(partial(bench.system, SYSTEMS["hydra-ppo"], seed) for seed in seeds)
+        bench.each(partial(bench.trl_inputs, seed) for seed in seeds)
         grid = {f"{TRL}-grid{number}": settings for number, settings in enumerate(TRL_GRID)}
         bench.each(
             partial(bench.trl, seed, settings, label) for seed, (label, settings) in product(seeds, grid.items())
