@@ -176,7 +176,7 @@ def over_optimisation(points: Sequence[Mapping[str, float]]) -> dict[str, float 
     """What one curve says: where gold peaked, what it and the learned score did from there to the end.
 
     A single look is noisy, so the end is the mean of the last tenth of the looks. `fall_step` is the first step after
-    which gold stays below `FALLEN` of its peak.
+    which gold stays below `FALLEN` of its peak; over-optimised is a run that has one and whose learned score has risen.
     """
     peak = max(points, key=lambda point: point["gold"])
     last = points[-math.ceil(len(points) / 10) :]
@@ -193,5 +193,5 @@ def over_optimisation(points: Sequence[Mapping[str, float]]) -> dict[str, float 
         "score_at_peak": peak["score"],
         "score_end": score_end,
         "kl_end": points[-1]["kl"],
-        "over_optimised": gold_end < peak["gold"] and score_end > peak["score"],
+        "over_optimised": bool(fallen) and score_end > peak["score"],
     }

@@ -48,7 +48,8 @@ def save_picture(result: Mapping[str, Any], path: Path) -> None:
         title(first, "Gold against KL, held-out prompts")
         first.set_xlabel("KL from the start, nats per response")
         first.set_ylabel("gold")
-        first.legend()
+        if first.lines:
+            first.legend()
         for axes, (label, run) in zip(rest, runs.items(), strict=True):
             draw_pair(axes, label, mean_curve(run["curves"]))
         figure.savefig(path, metadata={"Date": None})

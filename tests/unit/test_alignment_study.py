@@ -159,6 +159,8 @@ def test_over_optimisation_is_gold_that_falls_while_the_score_rises():
     assert found["fall_step"] == 3  # 4 and 2 are below 4.5
     rising = alignment_numbers.over_optimisation(curve_of(3, 4, 5))
     assert (rising["over_optimised"], rising["fall_step"]) == (False, None)
+    slack = alignment_numbers.over_optimisation(curve_of(3, 5, 4.8))  # as looks at a sample of prompts differ
+    assert (slack["over_optimised"], slack["fall_step"]) == (False, None)
     # Of 20 looks the end is the mean of the last two.
     assert alignment_numbers.over_optimisation(curve_of(*[9] * 18, 4, 2))["gold_end"] == 3
 
