@@ -26,10 +26,12 @@ FEW_ROWS = 128
 
 
 def frozen_output(linear: nn.Module, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-    """W x + b."""
-    if x.dim() != 3 or x.shape[1] != 1 or type(linear) is not nn.Linear or torch.is_grad_enabled():
+    """W x + b. Without a graph a plain linear is not called as a module, which a decode step would do 200 times."""
+    if type(linear) is not nn.Linear or torch.is_grad_enabled():
         return linear(x)
-    return frozen_product(x[:, 0], linear.weight, linear.bias)[:, None]  # a decode step
+    if x.dim() == 3 and x.shape[1] == 1:  # a decode step
+        return frozen_product(x.squeeze(1), linear.weight, linear.bias).unsqueeze(1)
+    return torch.nn.functional.linear(x, linear.weight, linear.bias)
 
 
 def frozen_product(
@@ -110,7 +112,7 @@ def outputs_of(
     Bs: Sequence[Tensor],
 ) -> tuple[Float[Tensor, "*n o"], ...]:
     """Each linear's output with its updates, from x and from what all A say of x."""
-    n, us = len(scales), u.split(ranks, dim=-1)
+    n, us = len(scales), rows(u).split(ranks, dim=-1)
     return tuple(
         add_updates(frozen_output(linear, x), scales, us[i * n : (i + 1) * n], Bs[i * n : (i + 1) * n])
         for i, linear in enumerate(linears)
@@ -118,12 +120,12 @@ def outputs_of(
 
 
 def add_updates(
-    y: Float[Tensor, "*n o"], scales: Sequence[float], us: Sequence[Tensor], Bs: Sequence[Tensor]
+    y: Float[Tensor, "*n o"], scales: Sequence[float], us: Sequence[Float[Tensor, "m r"]], Bs: Sequence[Tensor]
 ) -> Float[Tensor, "*n o"]:
     """y + sum_i s_i B_i u_i, in place."""
     flat = y.view(-1, y.shape[-1])
     for scale, u, B in zip(scales, us, Bs, strict=True):
-        flat.addmm_(rows(u), B.to(y.dtype).T, alpha=scale)
+        flat.addmm_(u, B.to(y.dtype).T, alpha=scale)
     return y
 
 
@@ -137,7 +139,7 @@ def update_gradients(
     """Gradients of the u_i [m, r_i], and of the B_i where they are wanted."""
     dus = [(dy @ B.to(dy.dtype)).mul_(scale) for scale, B in zip(scales, Bs, strict=True)]
     dBs = [
-        (dy.T @ rows(u)).mul_(scale).to(B.dtype) if want else None
+        (dy.T @ u).mul_(scale).to(B.dtype) if want else None
         for scale, u, B, want in zip(scales, us, Bs, wanted, strict=True)
     ]
     return dus, dBs
