@@ -2,8 +2,10 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from smoke.tiny_runs import ROOT, exit_code
 
@@ -73,3 +75,21 @@ def test_what_cannot_be_planned_is_refused_by_name(
 ) -> None:
     assert exit_code("plan", "--model", "shape:llama-2-7b", *options) == 2
     assert message in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_family_that_reads_numbers_is_refused_by_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Recurrent layers: shapes alone do not say how they run."""
+    config = AutoConfig.for_model(
+        "qwen3_next",
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        architectures=["Qwen3NextForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    assert exit_code("plan", "--model", str(tmp_path), "--method", "hydra-ppo") == 2
+    assert "Qwen3NextForCausalLM cannot be planned" in " ".join(capfd.readouterr().err.split())

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from transformers.configuration_utils import PretrainedConfig
 
 from hydra_rlhf.config import LoraConfig, ModelConfig
+from hydra_rlhf.errors import ModelError
 from hydra_rlhf.memory.course import Course, Need
 from hydra_rlhf.memory.meta_passes import (
     ADAPTER,
@@ -24,7 +25,7 @@ from hydra_rlhf.memory.meta_passes import (
 )
 from hydra_rlhf.model.device import pick_device
 from hydra_rlhf.model.draw import DRAW_BYTES
-from hydra_rlhf.model.load import DTYPES
+from hydra_rlhf.model.load import DTYPES, first_line
 from hydra_rlhf.model.logprobs import sweep_bytes
 from hydra_rlhf.model.shapes import layer_period, meta_trunk, whole_trunk
 from hydra_rlhf.model.tiled_logprobs import tile_shape
@@ -153,7 +154,16 @@ class Simulation:
 
     def _course(self, key: tuple[object, ...], run: Callable[..., Course], *, recompute: bool) -> Course:
         if key not in self._courses:
-            self._courses[key] = run(self._trunk(recompute=recompute), period=self._period, known=KNOWN)
+            try:
+                self._courses[key] = run(self._trunk(recompute=recompute), period=self._period, known=KNOWN)
+            except (RuntimeError, NotImplementedError) as error:
+                if "meta" not in str(error):
+                    raise
+                raise ModelError(
+                    f"{type(self.whole.model).__name__} cannot be planned, so not trained within a budget either: its "
+                    f"code asks for numbers where a plan has shapes alone ({first_line(error)}); use a family whose "
+                    "layers are plain attention, such as Llama, Mistral, Qwen 3, Gemma or OPT"
+                ) from error
         return self._courses[key]
 
     @cached_property
