@@ -222,15 +222,14 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """dx = r (g - n mean(g n)) with r = 1 / sqrt(mean(x^2) + eps), n = r x and g = w dy; at least float32."""
+        """dx = r g - x r^3 mean(g x) with r = 1 / sqrt(mean(x^2) + eps) and g = w dy, in at least float32."""
         x, weight = ctx.saved_tensors
         wide = torch.promote_types(x.dtype, torch.float32)
-        n = x.to(wide)
-        r = n.square().mean(dim=-1, keepdim=True).add_(ctx.eps).rsqrt_()
-        n = n * r
-        g = grad.to(wide) * weight.to(wide)
-        shared = torch.linalg.vecdot(g, n).div_(x.shape[-1])[..., None]
-        return None, g.sub_(n.mul_(shared)).mul_(r).to(x.dtype), None, None
+        size, wide_x = x.shape[-1], x.to(wide)
+        r = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True).square_().div_(size).add_(ctx.eps).rsqrt_()
+        g = grad * weight.to(wide)
+        along = torch.linalg.vecdot(g, wide_x)[..., None].mul_(r).div_(size).mul_(r)
+        return None, g.addcmul_(wide_x, along, value=-1.0).mul_(r).to(x.dtype), None, None
 
 
 class Recomputed(torch.autograd.Function):
