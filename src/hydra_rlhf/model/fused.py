@@ -151,8 +151,8 @@ def stacked_gradients(
     """Gradients of the A that are wanted: one product for all of them."""
     if not any(wanted):
         return [None] * len(As)
-    parts = (du.T @ rows(x)).to(As[0].dtype).split([len(A) for A in As])
-    return [part if want else None for part, want in zip(parts, wanted, strict=True)]
+    parts = (du.T @ rows(x)).split([len(A) for A in As])
+    return [part.to(A.dtype) if want else None for part, A, want in zip(parts, As, wanted, strict=True)]
 
 
 class GatedDown(torch.autograd.Function):
