@@ -115,7 +115,7 @@ def critic_free(name: str, chosen: Settings) -> System:
 
 DPO: Settings = {
     "method": "dpo",
-    "preference": {"num_epochs": 1, "batch_size": 32, "learning_rate": 1e-3, "dpo_beta": 0.1, "eval_every": 0},
+    "preference": {"num_epochs": 1, "batch_size": 32, "learning_rate": 5e-4, "dpo_beta": 0.1, "eval_every": 0},
 }
 DPO_GRID: tuple[Settings, ...] = tuple(
     {"preference": {"learning_rate": rate, "dpo_beta": beta}} for rate in (2e-4, 5e-4, 1e-3) for beta in (0.05, 0.1)
