@@ -52,6 +52,13 @@ def test_grouped_samples_are_as_many():
         assert ppo["rollout_batch_size"] * ppo["samples_per_prompt"] == alignment_systems.ROLLOUT_SEQUENCES
 
 
+@pytest.mark.parametrize("name", alignment_systems.SYSTEMS)
+def test_what_is_reported_was_among_what_was_tried(name: str):
+    system = alignment_systems.SYSTEMS[name]
+    assert any(alignment_systems.merged(system.settings, point) == system.settings for point in system.grid)
+    assert alignment_systems.TRL_SETTINGS in alignment_systems.TRL_GRID
+
+
 def test_development_seeds_are_not_reported():
     assert not set(alignment_systems.SEEDS) & set(alignment_systems.DEVELOPMENT_SEEDS)
 
