@@ -83,7 +83,7 @@ def narrow_units() -> Iterator[None]:
 
     For numbers that were bfloat16 before they were widened: then every product is exact. It takes 0.65 x the time.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
