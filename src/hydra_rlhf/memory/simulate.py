@@ -156,7 +156,7 @@ class Simulation:
         if key not in self._courses:
             try:
                 self._courses[key] = run(self._trunk(recompute=recompute), period=self._period, known=KNOWN)
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 if "meta" not in str(error):
                     raise
                 raise ModelError(

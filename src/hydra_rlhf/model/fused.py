@@ -120,7 +120,7 @@ def outputs_of(
 
 
 def add_updates(
-    y: Float[Tensor, "*n o"], scales: Sequence[float], us: Sequence[Float[Tensor, "m r"]], Bs: Sequence[Tensor]
+    y: Float[Tensor, "*n o"], scales: Sequence[float], us: Sequence[Float[Tensor, "m _"]], Bs: Sequence[Tensor]
 ) -> Float[Tensor, "*n o"]:
     """y + sum_i s_i B_i u_i, in place."""
     flat = y.view(-1, y.shape[-1])

@@ -3,6 +3,7 @@
 SHIFTED = """targets[tokens] - vocabulary.start,
                     softmax.rows(tokens),
                     shaping,
+                    weight.dtype,
                 )"""
 SUMMED = "total.add_(product(a, b))"
 
