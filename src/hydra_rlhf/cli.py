@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from hydra_rlhf.config import Recipe
 
 SETTINGS_EPILOG = "Any setting can be given as --section.name value; `hydra-rlhf settings` lists them all."
+INTERRUPTED = 130
 DEMO_RECIPE = Path(__file__).parent / "demo.yaml"
 
 
@@ -41,8 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return 0
+
+
+def program() -> None:
+    """`main` as a process of its own: once it is interrupted, a Ctrl-C more does not change how it ends."""
+    code = main()
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -217,4 +227,4 @@ def recipe_with_overrides(source: "Path | Recipe | None", overrides: Sequence[st
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -46,6 +46,23 @@ def test_a_newcomer_is_told_what_to_set(budget: str, changes: str, capfd: pytest
     assert one.count("fits with") == 1
 
 
+def test_the_verdict_says_how_many_graphs_wait(capfd: pytest.CaptureFixture[str]) -> None:
+    """Four micro-batches of a joined pass, and room for all."""
+    sizes = ["--ppo.rollout_batch_size", "8", "--ppo.minibatch_size", "8", "--ppo.num_epochs", "1"]
+    tokens = [
+        "--data.max_prompt_tokens",
+        "8",
+        "--ppo.sampling.max_response_tokens",
+        "8",
+        "--ppo.micro_batch_tokens",
+        "32",
+    ]
+    text = said(
+        capfd, "plan", "--model", "scratch:tiny", "--method", "j-hydra-ppo", "--budget", "8GiB", *sizes, *tokens
+    )
+    assert "no layer recomputed, 4 graphs kept until all values are known." in text
+
+
 @pytest.mark.parametrize("budget", ["64MiB", "2GiB"])
 def test_what_it_needs_is_enough(budget: str, capfd: pytest.CaptureFixture[str]) -> None:
     """The budget that is named where no setting helps, given with these settings, fits: it is rounded up."""

@@ -6,11 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hydra_rlhf.memory.choose import CALL_TOKENS
 from hydra_rlhf.records import TokenBatch
 from hydra_rlhf.stages import micro_batches
 
 SIZES = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=12)
 BUDGETS = st.integers(1, 120)
+CALLS = st.integers(0, 20)
 
 
 def padded(sizes, group) -> int:
@@ -29,63 +31,80 @@ def plain_greedy(sizes, max_tokens: int) -> list[list[int]]:
     return groups
 
 
+def cost(sizes, groups, call_tokens: int) -> int:
+    """What a cut costs in tokens."""
+    return sum(padded(sizes, group) + call_tokens for group in groups)
+
+
 def test_groups_are_alike_in_size():
     # Four rows of 4 + 2 tokens and room for three: filling up gives 3 and 1, which needs 18 tokens; 2 and 2 need 12.
     sizes = [(4, 2)] * 4
     assert [len(group) for group in plain_greedy(sizes, 18)] == [3, 1]
-    assert micro_batches.by_token_budget(sizes, 18) == [[0, 1], [2, 3]]
+    assert micro_batches.by_token_budget(sizes, 18, 1) == [[0, 1], [2, 3]]
 
 
-def test_no_more_groups_than_filling_up_needs():
-    # Ten rows of six and room for four (24): three groups; 4, 4, 2 cannot be made smaller than 4 at the largest.
-    groups = micro_batches.by_token_budget([(5, 1)] * 10, 24)
-    assert [len(group) for group in groups] == [4, 4, 2]
+def test_equal_rows_need_no_more_groups_than_filling_up():
+    # Ten rows of six and room for four (24): three groups, with 4 rows at the largest.
+    groups = micro_batches.by_token_budget([(5, 1)] * 10, 24, 1)
+    assert sorted(len(group) for group in groups) in ([2, 4, 4], [3, 3, 4])
+
+
+def test_a_group_more_is_made_where_it_saves_more_padding_than_it_costs():
+    # Rows of 10, 10, 2 and 2 tokens: together 40, in two groups 20 + 4, so a call may cost up to 16.
+    sizes = [(1, 9), (1, 9), (1, 1), (1, 1)]
+    assert micro_batches.by_token_budget(sizes, 40, 15) == [[0, 1], [2, 3]]
+    assert micro_batches.by_token_budget(sizes, 40, 17) == [[0, 1, 2, 3]]
+    assert micro_batches.by_token_budget(sizes, 40, 16) == [[0, 1], [2, 3]]  # as cheap, and the smaller one
 
 
 def test_rows_are_sorted_by_length():
     # 9, 8, 3, 2: together they would be 4 x 9 = 36; two groups of neighbours are 18 and 6.
-    assert micro_batches.by_token_budget([(1, 1), (4, 5), (1, 2), (4, 4)], 18) == [[1, 3], [2, 0]]
+    assert micro_batches.by_token_budget([(1, 1), (4, 5), (1, 2), (4, 4)], 18, 4) == [[1, 3], [2, 0]]
 
 
 def test_both_paddings_count():
     # Two rows of 12 tokens each; side by side they are 10 + 10 columns wide, so 40 tokens and not 24.
     sizes = [(10, 2), (2, 10)]
-    assert micro_batches.by_token_budget(sizes, 39) == [[0], [1]]
-    assert micro_batches.by_token_budget(sizes, 40) == [[0, 1]]
+    assert micro_batches.by_token_budget(sizes, 39, 20) == [[0], [1]]
+    assert micro_batches.by_token_budget(sizes, 40, 20) == [[0, 1]]
 
 
 def test_a_row_above_the_budget_is_alone():
-    assert micro_batches.by_token_budget([(1, 1), (20, 20), (1, 1)], 4) == [[1], [0, 2]]
+    assert micro_batches.by_token_budget([(1, 1), (20, 20), (1, 1)], 4, 1) == [[1], [0, 2]]
 
 
 def test_equal_lengths_keep_their_order():
-    assert micro_batches.by_token_budget([(2, 2), (3, 1), (2, 2)], 1) == [[1], [0], [2]]
+    assert micro_batches.by_token_budget([(2, 2), (3, 1), (2, 2)], 1, 0) == [[1], [0], [2]]
 
 
-@given(SIZES, BUDGETS)
-def test_every_row_once_and_within_the_budget(sizes, max_tokens):
-    groups = micro_batches.by_token_budget(sizes, max_tokens)
+@given(SIZES, BUDGETS, CALLS)
+def test_every_row_once_and_within_the_budget(sizes, max_tokens, call_tokens):
+    groups = micro_batches.by_token_budget(sizes, max_tokens, call_tokens)
     assert sorted(item for group in groups for item in group) == list(range(len(sizes)))
     assert all(len(group) == 1 or padded(sizes, group) <= max_tokens for group in groups)
 
 
-@given(SIZES, BUDGETS)
-def test_never_worse_than_filling_up(sizes, max_tokens):
-    ours, greedy = micro_batches.by_token_budget(sizes, max_tokens), plain_greedy(sizes, max_tokens)
-    assert len(ours) <= len(greedy)
-    assert max(padded(sizes, group) for group in ours) <= max(padded(sizes, group) for group in greedy)
+@given(SIZES, BUDGETS, CALLS)
+def test_never_dearer_than_filling_up(sizes, max_tokens, call_tokens):
+    ours = micro_batches.by_token_budget(sizes, max_tokens, call_tokens)
+    assert cost(sizes, ours, call_tokens) <= cost(sizes, plain_greedy(sizes, max_tokens), call_tokens)
 
 
-@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=7), st.integers(1, 60))
-def test_no_cut_into_as_many_groups_has_a_smaller_largest(sizes, max_tokens):
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=7), st.integers(1, 60), CALLS)
+def test_no_cut_within_the_budget_is_cheaper_or_as_cheap_with_a_smaller_largest(sizes, max_tokens, call_tokens):
     """All cuts of the sorted rows, by trying each."""
-    ours = micro_batches.by_token_budget(sizes, max_tokens)
-    order = [item for group in ours for item in group]
-    largest = [
-        max(padded(sizes, order[a:b]) for a, b in pairwise([0, *cuts, len(order)]))
-        for cuts in combinations(range(1, len(order)), len(ours) - 1)
+    order = sorted(range(len(sizes)), key=lambda i: (-sum(sizes[i]), -sizes[i][0], i))
+
+    def rank(groups) -> tuple[int, int]:
+        return cost(sizes, groups, call_tokens), max(padded(sizes, group) for group in groups)
+
+    possible = [
+        [order[a:b] for a, b in pairwise([0, *cuts, len(order)])]
+        for num_cuts in range(len(order))
+        for cuts in combinations(range(1, len(order)), num_cuts)
     ]
-    assert max(padded(sizes, group) for group in ours) == min(largest)
+    within = [cut for cut in possible if all(len(g) == 1 or padded(sizes, g) <= max_tokens for g in cut)]
+    assert rank(micro_batches.by_token_budget(sizes, max_tokens, call_tokens)) == min(map(rank, within))
 
 
 @given(SIZES, BUDGETS, st.randoms(use_true_random=False))
@@ -94,7 +113,7 @@ def test_the_order_of_the_rows_changes_no_group(sizes, max_tokens, random):
     random.shuffle(shuffled)
 
     def cut(rows) -> list[list[tuple[int, int]]]:
-        return [[rows[i] for i in group] for group in micro_batches.by_token_budget(rows, max_tokens)]
+        return [[rows[i] for i in group] for group in micro_batches.by_token_budget(rows, max_tokens, 3)]
 
     assert cut(shuffled) == cut(sizes)
 
@@ -124,7 +143,9 @@ def test_micro_batches_hold_each_row_whole_and_nothing_more(sizes, max_tokens):
     batch = batch_of(sizes)
     seen = []
     parts = list(micro_batches.micro_batches(batch, max_tokens))
-    assert [index.tolist() for index, _ in parts] == micro_batches.by_token_budget(sizes, max_tokens)
+    assert [index.tolist() for index, _ in parts] == micro_batches.by_token_budget(
+        sizes, max_tokens, micro_batches.CPU_CALL_TOKENS
+    )
     for index, part in parts:
         assert len(index) == 1 or part.tokens.numel() <= max_tokens
         assert part.tokens.numel() == padded(sizes, index.tolist())
@@ -133,6 +154,11 @@ def test_micro_batches_hold_each_row_whole_and_nothing_more(sizes, max_tokens):
         assert torch.equal(part.tokens, torch.where(part.attention_mask, index[:, None] + 1, 0))
         seen += index.tolist()
     assert sorted(seen) == list(range(len(sizes)))
+
+
+def test_a_call_costs_more_where_kernels_are_launched():
+    assert micro_batches.call_tokens(torch.device("cpu")) == micro_batches.CPU_CALL_TOKENS
+    assert micro_batches.call_tokens(torch.device("cuda:1")) == CALL_TOKENS > micro_batches.CPU_CALL_TOKENS
 
 
 def test_equal_sets_of_rows_are_cut_equally():

@@ -47,7 +47,7 @@ def measure_machine(
     first, second = array.chunk(2)
     num_bytes = 4 * array.numel()
     reading = num_bytes / shortest(array.sum, device, seconds)
-    copying = num_bytes / shortest(lambda: second.copy_(first), device, seconds)  # half is read and half is written
+    copying = num_bytes / shortest(lambda: second.copy_(first), device, seconds)  # noqa: F821  # half is read, half written
     del array, first, second
     size = matrix_size or MATRIX_SIZE[device.type]
     a = torch.randn(size, size, device=device).to(dtype)

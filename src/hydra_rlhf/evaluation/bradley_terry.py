@@ -102,6 +102,6 @@ def bootstrap(
     return rates, fit_strengths(wins + prior)
 
 
-def percentiles(values: Float[np.ndarray, "w *x"], *, level: float = 0.95) -> Float[np.ndarray, "2 *x"]:
+def percentiles(values: Float[np.ndarray, "w *x"], *, level: float = 0.95) -> Float[np.ndarray, "2 *x"]:  # noqa: F821
     """(low, high) ends of the middle `level` of each column."""
     return np.quantile(values, ((1 - level) / 2, (1 + level) / 2), axis=0)

@@ -27,6 +27,8 @@ from hydra_rlhf.model.device import pick_device
 from hydra_rlhf.model.draw import DRAW_BYTES
 from hydra_rlhf.model.load import DTYPES, first_line
 from hydra_rlhf.model.logprobs import sweep_bytes
+from hydra_rlhf.model.lora import find_linears
+from hydra_rlhf.model.packing import packable, packed_bytes
 from hydra_rlhf.model.shapes import layer_period, meta_trunk, whole_trunk
 from hydra_rlhf.model.tiled_logprobs import tile_shape
 from hydra_rlhf.model.trunk import Trunk, text_config
@@ -87,6 +89,12 @@ class Simulation:
     def whole(self) -> Trunk:
         """The model at its full depth, without an adapter; only looked at."""
         return whole_trunk(self.config, self.model)
+
+    @cached_property
+    def packed_bytes(self) -> int:
+        """Of a second copy of what decode steps read, in the layout of the CPU's bfloat16 units; 0 where none helps."""
+        linears = find_linears(self.whole.decoder, self.lora.targets).values()
+        return sum(map(packed_bytes, packable(linears, self.whole.lm_head.weight, self._device_type)))
 
     def micro_batch(self, kind: PassKind, rows: Rows, *, checkpointed: int = 0) -> PassBytes:
         """One micro-batch through trunk and heads, with `checkpointed` of the layers recomputed in backward."""

@@ -57,9 +57,10 @@ def verdict(plan: Mapping[str, Any]) -> str:
         settings = f"micro-batches of {cuts['micro_batch_tokens']:,} tokens, {rows_text(cuts['rollout_rows'])}"
         if not row["fits"]:
             return f"As it is set {name} does not fit {budget}: {need} at the least; {row['remedy']}."
-        graphs = f", {ppo['kept_graphs']} graphs kept until all values are known" if cuts["kept_graphs"] > 1 else ""
+        graphs = f", {cuts['kept_graphs']} graphs kept until all values are known" if cuts["kept_graphs"] > 1 else ""
         layers = layers_text(cuts["checkpointed_layers"], plan)
-        return f"{name} fits {budget}: {need}; stage 2 in {settings}, {layers}{graphs}."
+        packed = ", weights laid out a second time for rollouts" if cuts["packs_weights"] else ""
+        return f"{name} fits {budget}: {need}; stage 2 in {settings}, {layers}{graphs}{packed}."
     fitting = [name for name, row in plan["methods"].items() if row["fits"]]
     if not fitting:
         return f"As it is set none of {len(plan['methods'])} methods fits {budget}. {best_remedy(plan)}".strip()

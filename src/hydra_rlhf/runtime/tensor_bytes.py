@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdRef
 
 
 class TensorBytes(TorchDispatchMode):
@@ -36,9 +37,11 @@ class TensorBytes(TorchDispatchMode):
         for tensor in tensors:
             if tensor.device.type != self._device_type:
                 continue
-            storage = tensor.untyped_storage()
-            reference = weakref.ref(storage, self._gone)
-            num_bytes = storage.nbytes()
+            if tensor.is_mkldnn:  # a packed weight, which has no storage that torch knows
+                reference, num_bytes = WeakIdRef(tensor, self._gone), torch.ops.mkldnn._nbytes(tensor)
+            else:
+                storage = tensor.untyped_storage()
+                reference, num_bytes = weakref.ref(storage, self._gone), storage.nbytes()
             self.live += num_bytes - self._known.get(reference, 0)
             self._known[reference] = num_bytes
         self.peak = max(self.peak, self.live)

@@ -11,7 +11,7 @@ from hydra_rlhf.data.collate import collate_demonstrations, collate_pairs
 from hydra_rlhf.data.formats import TokenizedDemonstration, TokenizedPair
 from hydra_rlhf.records import TokenBatch
 from hydra_rlhf.runtime.randomness import permutation
-from hydra_rlhf.stages.micro_batches import Size, by_token_budget
+from hydra_rlhf.stages.micro_batches import Size, by_token_budget, call_tokens
 
 Example = TokenizedPair | TokenizedDemonstration
 
@@ -72,7 +72,7 @@ def token_micro_batches(
     examples: Sequence[Example], max_tokens: int, *, pad_id: int, device: torch.device
 ) -> Iterator[tuple[list[int], TokenBatch]]:
     """Yield (positions in `examples`, those collated) within a token budget; both sides of a pair stay together."""
-    for group in by_token_budget(padded_sizes(examples), max_tokens):
+    for group in by_token_budget(padded_sizes(examples), max_tokens, call_tokens(device)):
         yield group, collate([examples[i] for i in group], pad_id, device)
 
 

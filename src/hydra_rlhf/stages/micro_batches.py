@@ -1,6 +1,5 @@
 """Cut a batch into micro-batches by a token budget. A memory knob only: no loss or gradient depends on it."""
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -8,38 +7,57 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hydra_rlhf.memory.choose import CALL_TOKENS
 from hydra_rlhf.records import TokenBatch
+
+CPU_CALL_TOKENS = 64
+"""`CALL_TOKENS` where no kernel has to be launched: what reading the weights and starting operators costs."""
 
 Size = tuple[int, int]
 """(prompt tokens, response tokens) of one item. Both are padded, so a group is as wide as both its maxima together."""
 
 
-def by_token_budget(sizes: Sequence[Size], max_tokens: int) -> list[list[int]]:
-    """Group items of these sizes so that each group, padded, stays within `max_tokens`, and groups are alike in size.
+def by_token_budget(sizes: Sequence[Size], max_tokens: int, call_tokens: int) -> list[list[int]]:
+    """Group items of these sizes at the least cost, where no group, padded, has more than `max_tokens`.
 
-    Items are sorted by length (ties by prompt, then position), so groups hold little padding. Filling groups up one
-    after the other tells how many are needed; the budget is then lowered as far as that number allows, because what
-    counts is the largest group, and a small rest costs as many kernel calls as a full group. An item longer than the
-    budget gets a group of its own. Depends on the arguments alone, so a replayed step is cut the same way.
+    A group costs its padded tokens and `call_tokens` more. Items are sorted by length (ties by prompt, then position)
+    and groups are neighbours in that order; of equally cheap ways to cut it, the one with the smallest largest group
+    is taken. An item longer than `max_tokens` gets a group of its own. Depends on the arguments alone, so a replayed
+    step is cut the same way.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sum(sizes[i]), -sizes[i][0], i))
-    ordered = [sizes[i] for i in order]
-    num_groups = len(filled_up(ordered, max_tokens))
-    budget = bisect_left(range(max_tokens), True, key=lambda tokens: len(filled_up(ordered, tokens)) <= num_groups)
-    starts = [*filled_up(ordered, budget), len(order)]
-    return [order[start:end] for start, end in pairwise(starts)]
+    starts = cheapest_starts([sizes[i] for i in order], max_tokens, call_tokens)
+    return [order[start:end] for start, end in pairwise([*starts, len(order)])]
 
 
-def filled_up(sizes: Sequence[Size], max_tokens: int) -> list[int]:
-    """Where groups start if items, in this order, join the last group as long as it stays within `max_tokens`."""
+def cheapest_starts(sizes: Sequence[Size], max_tokens: int, call_tokens: int) -> list[int]:
+    """Where groups of neighbours start in the cheapest cut, found for ever more items (dynamic programming)."""
+    best = [(0, 0)]  # (cost, tokens of the largest group) of the first 0, 1, 2, ... items
+    last_start: list[int] = []  # of the last group in the cheapest cut of the first 1, 2, ... items
+    for end in range(1, len(sizes) + 1):
+        found: list[tuple[int, int, int]] = []
+        prompt = response = 0
+        for start in range(end - 1, -1, -1):
+            prompt, response = max(prompt, sizes[start][0]), max(response, sizes[start][1])
+            tokens = (end - start) * (prompt + response)
+            if found and tokens > max_tokens:
+                break
+            cost, largest = best[start]
+            found.append((cost + tokens + call_tokens, max(largest, tokens), start))
+        cost, largest, start = min(found)
+        best.append((cost, largest))
+        last_start.append(start)
     starts: list[int] = []
-    prompt = response = 0
-    for i, (own_prompt, own_response) in enumerate(sizes):
-        prompt, response = max(prompt, own_prompt), max(response, own_response)
-        if not starts or (i - starts[-1] + 1) * (prompt + response) > max_tokens:
-            starts.append(i)
-            prompt, response = own_prompt, own_response
-    return starts
+    end = len(sizes)
+    while end > 0:
+        end = last_start[end - 1]
+        starts.append(end)
+    return starts[::-1]
+
+
+def call_tokens(device: torch.device) -> int:
+    """Tokens that a forward and backward could have more in the time that starting it takes."""
+    return CPU_CALL_TOKENS if device.type == "cpu" else CALL_TOKENS
 
 
 def select_rows(batch: TokenBatch, rows: Int[Tensor, " n"]) -> TokenBatch:
@@ -66,6 +84,8 @@ def micro_batches(
     chosen = list(range(len(batch.tokens))) if rows is None else sorted(rows)
     prompts = batch.attention_mask[:, : batch.num_prompt_columns].sum(dim=1).tolist()
     responses = batch.response_mask.sum(dim=1).tolist()
-    for group in by_token_budget([(prompts[row], responses[row]) for row in chosen], max_tokens):
-        index = torch.tensor([chosen[item] for item in group], device=batch.tokens.device)
+    device = batch.tokens.device
+    sizes = [(prompts[row], responses[row]) for row in chosen]
+    for group in by_token_budget(sizes, max_tokens, call_tokens(device)):
+        index = torch.tensor([chosen[item] for item in group], device=device)
         yield index, select_rows(batch, index)

@@ -1,8 +1,8 @@
 """Mistakes in `stages/micro_batches.py`: {function: [(what went wrong, source, source with the mistake)]}."""
 
 ORDER = "key=lambda i: (-sum(sizes[i]), -sizes[i][0], i)"
-FILL = "(i - starts[-1] + 1) * (prompt + response) > max_tokens"
-WIDEST = "prompt, response = max(prompt, own_prompt), max(response, own_response)"
+WIDEST = "prompt, response = max(prompt, sizes[start][0]), max(response, sizes[start][1])"
+COST = "found.append((cost + tokens + call_tokens, max(largest, tokens), start))"
 
 CHANGES = {
     "by_token_budget": [
@@ -10,23 +10,44 @@ CHANGES = {
         ("shortest first", ORDER, "key=lambda i: (sum(sizes[i]), sizes[i][0], i)"),
         ("ties by prompt ignored", ORDER, "key=lambda i: (-sum(sizes[i]), i)"),
         (
-            "not balanced",
-            "starts = [*filled_up(ordered, budget), len(order)]",
-            "starts = [*filled_up(ordered, max_tokens), len(order)]",
+            "calls are free",
+            "sizes[i] for i in order], max_tokens, call_tokens)",
+            "sizes[i] for i in order], max_tokens, 0)",
         ),
-        ("one group more", "<= num_groups)", "<= num_groups + 1)"),
-        ("a budget too low", "starts = [*filled_up(ordered, budget)", "starts = [*filled_up(ordered, budget - 1)"),
-        ("last group lost", "budget), len(order)]", "budget)]"),
+        ("last group lost", "pairwise([*starts, len(order)])", "pairwise(starts)"),
         ("positions in the sorted order", "[order[start:end] for", "[sorted(order)[start:end] for"),
     ],
-    "filled_up": [
-        ("budget not reached", FILL, FILL.replace(" > ", " >= ")),
-        ("one row too many", FILL, FILL.replace(" + 1", "")),
-        ("prompts padded alone", FILL, FILL.replace("(prompt + response)", "prompt")),
-        ("only the longest row counts", WIDEST, WIDEST.replace("max(prompt, own_prompt)", "max(prompt, 0)")),
-        ("width of the new row", WIDEST, "prompt, response = own_prompt, own_response"),
-        ("width of the group before", "            prompt, response = own_prompt, own_response\n", ""),
-        ("a long row is never alone", "not starts or (i", "not starts or i and (i - 1"),
+    "cheapest_starts": [
+        ("budget not reached", "if found and tokens > max_tokens", "if found and tokens >= max_tokens"),
+        ("no budget", "if found and tokens > max_tokens", "if False"),
+        (
+            "a long row is never alone",
+            "if found and tokens > max_tokens",
+            "if (found or end < len(sizes)) and tokens > 2 * max_tokens",
+        ),
+        ("prompts padded alone", "tokens = (end - start) * (prompt + response)", "tokens = (end - start) * prompt"),
+        ("one row too few counted", "tokens = (end - start) * (prompt", "tokens = (end - start - 1) * (prompt"),
+        ("only the longest prompt counts", WIDEST, WIDEST.replace("max(response, sizes[start][1])", "sizes[start][1]")),
+        ("width of the last row", WIDEST, "prompt, response = sizes[end - 1]"),
+        ("padding costs nothing", COST, COST.replace("cost + tokens", "cost")),
+        ("groups before cost nothing", COST, COST.replace("cost + tokens", "tokens")),
+        ("unlike groups", COST, COST.replace("max(largest, tokens)", "-max(largest, tokens)")),
+        ("a cut at every row", "end = last_start[end - 1]", "end = min(end - 1, last_start[end - 1] + 1)"),
+    ],
+    "call_tokens": [
+        (
+            "launches cost nothing",
+            'return CPU_CALL_TOKENS if device.type == "cpu" else CALL_TOKENS',
+            "return CPU_CALL_TOKENS",
+        ),
+        (
+            "the CPU launches kernels",
+            'return CPU_CALL_TOKENS if device.type == "cpu" else CALL_TOKENS',
+            "return CALL_TOKENS",
+        ),
+        ("the wrong way round", 'if device.type == "cpu"', 'if device.type != "cpu"'),
+        ("a device with a number is none", 'if device.type == "cpu"', 'if str(device) != "cuda"'),
+        ("free", "return CPU_CALL_TOKENS if", "return 0 if"),
     ],
     "micro_batches": [
         ("order of the rows matters", "else sorted(rows)", "else list(rows)"),
