@@ -3,7 +3,6 @@
 import gc
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ from transformers.cache_utils import DynamicCache
 
 from contract.tiny import CONFIGS, FAMILIES, VOCAB, chat, ppo_config, prompts, randomise_adapters, tiny_hydra
 from hydra_rlhf.config import SamplingConfig
-from hydra_rlhf.model import device, fused, sample, sampling, slots
+from hydra_rlhf.model import device, sample, sampling, slots
 from hydra_rlhf.model.cache import Columns, PreallocatedCache, cache_bytes
 from hydra_rlhf.model.device import has_bfloat16_units as ask_the_machine  # the tests' own answer is put in its place
 from hydra_rlhf.model.hydra import HydraModel
-from hydra_rlhf.model.packing import PACKED
+from hydra_rlhf.model.packing import Tiles
 from hydra_rlhf.records import Responses
 from hydra_rlhf.stages.held_out import sample_and_score
 from hydra_rlhf.stages.limits import StageLimits
@@ -93,50 +92,33 @@ def test_the_cache_changes_no_bit(family: str, dtype: torch.dtype, monkeypatch: 
 
 @pytest.mark.skipif(not ask_the_machine(torch.device("cpu")), reason="this CPU has no bfloat16 units")
 @pytest.mark.parametrize("engine", ["slots", "generate"])
-def test_packed_weights_change_no_bit(family: str, engine: str, monkeypatch: pytest.MonkeyPatch):
-    hydra = actor_model(family, torch.bfloat16)
-    limits = StageLimits(micro_batch_tokens=1)
+def test_weights_in_tiles_change_no_bit(family: str, engine: str, monkeypatch: pytest.MonkeyPatch):
+    hydra, limits = actor_model(family, torch.bfloat16), StageLimits(micro_batch_tokens=1)
+    before = {name: parameter.clone() for name, parameter in hydra.named_parameters()}
     plain = respond(hydra, limits, engine=engine)
     counted = count_packed(monkeypatch)
-    found = respond(hydra, replace(limits, packs_weights=True), engine=engine)
+    assert respond(hydra, limits, engine=engine).texts == plain.texts
+    assert counted == [0], "so few steps do not pay"
+    monkeypatch.setattr(sample, "MIN_STEPS", LIMIT)
+    found = respond(hydra, limits, engine=engine)
     assert torch.equal(found.batch.tokens, plain.batch.tokens)
     assert torch.equal(found.logprobs, plain.logprobs)
-    linears = [m.linear for m in hydra.trunk("hydra").lora_linears.values() if type(m.linear) is nn.Linear]
-    num_passes = found.batch.response_mask.shape[1]
-    # The head is asked once a step, by `generate` as a module of transformers.
-    assert counted[0] >= num_passes * (len(linears) + (engine == "slots"))
-    assert not any(hasattr(parameter, PACKED) for parameter in hydra.parameters())
-
-
-def test_where_memory_runs_out_the_copy_goes_first(monkeypatch: pytest.MonkeyPatch):
-    hydra = actor_model("llama", torch.bfloat16)
-    limits = StageLimits(micro_batch_tokens=1)
-    plain = respond(hydra, limits)
-
-    def run_out(weights):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    def pack(weights):
-        return run_out(weights) if limits.packs_weights else nullcontext()
-
-    monkeypatch.setattr(sample, "packed", pack)
-    limits.packs_weights = True
-    found = respond(hydra, limits)
-    assert torch.equal(found.batch.tokens, plain.batch.tokens)
-    assert (limits.packs_weights, limits.rollout_rows, limits.num_retries) == (False, None, 1)
+    lora_linears = hydra.trunk("hydra").lora_linears.values()
+    groups = {id(m.shared) for m in lora_linears if type(m.linear) is nn.Linear}
+    assert counted[0] >= found.batch.response_mask.shape[1] * len(groups)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in hydra.named_parameters())
 
 
 def count_packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many products used a packed copy, as a list of one number; the machine's own units are asked for."""
+    """How many products were taken from tiles, as a list of one number; the machine's own units are asked for."""
     monkeypatch.setattr(device, "has_bfloat16_units", ask_the_machine)
-    counted, real = [0], fused.packed_product
+    counted, real = [0], Tiles.product
 
-    def count(*arguments):
-        output = real(*arguments)
-        counted[0] += output is not None
-        return output
+    def count(tiles: Tiles, x: Tensor) -> Tensor:
+        counted[0] += 1
+        return real(tiles, x)
 
-    monkeypatch.setattr(fused, "packed_product", count)
+    monkeypatch.setattr(Tiles, "product", count)
     return counted
 
 

@@ -210,28 +210,6 @@ def test_as_many_graphs_wait_as_fit():
     assert choose.choose(long, 0) == (None, choose.choose(long, 0)[1])
 
 
-def test_weights_are_packed_where_another_phase_stays_the_largest():
-    def with_copy(cuts: Cuts) -> dict[str, dict[str, int]]:
-        """A copy of 20,000 bytes in rollouts."""
-        phases = phases_of(cuts)
-        return phases | {"rollout": phases["rollout"] | {"weights": 20_000 * cuts.packs_weights}}
-
-    def chosen(tokens: int, *, can_pack: bool = True, budget: int = 10**9) -> tuple[bool | None, int | None]:
-        """(packs, bytes of the rollout) with 3 rows decoded together."""
-        given = choose.Given(micro_batch_tokens=tokens, rollout_rows=3, checkpointed_layers=0)
-        found, options = choose.choose(replace(work(given=given), plan=with_copy, can_pack=can_pack), budget)
-        assert found is None or options == [found]
-        return (None, None) if found is None else (found.cuts.packs_weights, sum(found.phases["rollout"].values()))
-
-    # 300 + 20,000 bytes against 20 a token of the update.
-    assert chosen(1016) == (True, 20_300)
-    assert chosen(1015) == (True, 20_300)
-    assert chosen(1014) == (False, 300)
-    assert chosen(1016, can_pack=False) == (False, 300)
-    assert chosen(1015, budget=20_299) == (None, None)  # nothing that does not fit is changed
-    assert chosen(1014, budget=20_280) == (False, 300)
-
-
 def test_relative_time():
     # 256 tokens more than there are; a third more where everything is recomputed.
     assert choose.relative_time(256, 0.0) == 2.0

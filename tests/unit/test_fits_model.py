@@ -1,7 +1,6 @@
 """Data that a model has no room for is refused before anything is trained: ids, learned positions, ranks."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -106,9 +105,6 @@ def test_limits_of_a_run_that_is_taken_up_only_shrink():
     )
     assert kept.at_most(StageLimits(micro_batch_tokens=200, rollout_rows=None)) == kept
     assert StageLimits(micro_batch_tokens=1).at_most(StageLimits(micro_batch_tokens=2)).rollout_rows is None
-    packing = replace(kept, packs_weights=True)
-    assert packing.at_most(packing) == packing
-    assert packing.at_most(kept) == kept.at_most(packing) == kept
 
 
 def test_out_of_memory_in_an_optimizer_step_says_what_to_do(tmp_path, monkeypatch):

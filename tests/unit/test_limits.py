@@ -9,7 +9,6 @@ import torch
 
 from hydra_rlhf.config import HydraSFTConfig, PPOConfig, SamplingConfig
 from hydra_rlhf.errors import OutOfMemoryError
-from hydra_rlhf.memory.plan import Cuts
 from hydra_rlhf.records import TokenBatch
 from hydra_rlhf.runtime.measure import rss_bytes
 from hydra_rlhf.stages import limits
@@ -60,7 +59,7 @@ def test_settings_win_and_what_they_leave_open_has_a_default():
 def test_what_is_logged():
     assert stage_limits(64).metrics() == {"memory/retries": 0.0, "memory/micro_batch_tokens": 64.0}
     both = stage_limits(64, 8)
-    both.sample_in_less(8, "full")
+    both.halve_rollout_rows(8, "full")
     assert both.metrics() == {
         "memory/retries": 1.0,
         "memory/micro_batch_tokens": 64.0,
@@ -92,9 +91,9 @@ def test_a_single_sequence_cannot_be_cut():
 def test_rows_are_halved_down_to_one():
     held = stage_limits(rows=12)
     for failed, left in ((12, 6), (5, 2), (2, 1)):
-        held.sample_in_less(failed, "full")
+        held.halve_rollout_rows(failed, "full")
         assert held.rollout_rows == left
-    error = raised(held.sample_in_less, 1, "2.00 GiB wanted")
+    error = raised(held.halve_rollout_rows, 1, "2.00 GiB wanted")
     assert isinstance(error, OutOfMemoryError)
     assert "max_response_tokens" in str(error)
     assert held.num_retries == 3
@@ -388,27 +387,6 @@ def test_rows_shrink_until_they_fit():
         raise ENOMEM
 
     assert isinstance(raised(limits.finish_rows, stage_limits(), 4, never), OutOfMemoryError)
-
-
-def test_a_packed_copy_goes_before_rows_do():
-    held = replace(stage_limits(rows=4), packs_weights=True)
-    seen: list[tuple[int, bool]] = []
-
-    def work(num_rows: int) -> None:
-        seen.append((num_rows, held.packs_weights))
-        if len(seen) < 3:
-            raise ENOMEM
-
-    limits.finish_rows(held, 16, work)
-    assert seen == [(4, True), (4, False), (2, False)]
-    assert (held.packs_weights, held.rollout_rows, held.num_retries) == (False, 2, 2)
-
-
-def test_limits_follow_a_plan():
-    cuts = Cuts(micro_batch_tokens=7, rollout_rows=5, checkpointed_layers=3, kept_graphs=2, packs_weights=True)
-    assert limits.StageLimits.following(cuts) == limits.StageLimits(
-        micro_batch_tokens=7, rollout_rows=5, kept_graphs=2, packs_weights=True
-    )
 
 
 # --- handing memory back --------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Packed copies of weights: the same bits as plain products, bytes to the byte, and nothing left behind."""
+"""Weights in tiles: the same bits as plain products, the same numbers afterwards, and no second copy."""
+
+import gc
 
 import pytest
 import torch
@@ -8,102 +10,166 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from hydra_rlhf.model import device, fused, packing
+from hydra_rlhf.model import device, packing
+from hydra_rlhf.model.adapters import AdapterSwitch, SharedInput, in_tiles
 from hydra_rlhf.model.device import has_bfloat16_units as ask_the_machine  # the tests' own answer is put in its place
+from hydra_rlhf.model.lora import LoraLinear
+from hydra_rlhf.runtime.tensor_bytes import TensorBytes
 
-UNITS = pytest.mark.skipif(not ask_the_machine(torch.device("cpu")), reason="this CPU has no bfloat16 units")
+pytestmark = pytest.mark.skipif(not ask_the_machine(torch.device("cpu")), reason="this CPU has no bfloat16 units")
 SIZES = st.integers(1, 200)
 
 
 @pytest.fixture(autouse=True)
-def units(monkeypatch: pytest.MonkeyPatch):
+def units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the machine."""
     monkeypatch.setattr(device, "has_bfloat16_units", ask_the_machine)
 
 
-def matrix(*shape: int) -> torch.Tensor:
-    """Random bfloat16 numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+def layer_of(o: int, i: int, *, bias: bool = False) -> nn.Linear:
+    """A frozen linear in bfloat16."""
+    return nn.Linear(i, o, bias=bias).bfloat16().requires_grad_(False)
 
 
-@UNITS
-@given(SIZES, SIZES, st.sampled_from([1, 3, 16, 70]), st.booleans())
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def numbers(*shape: int) -> torch.Tensor:
+    """Random ones in bfloat16."""
+    return torch.randn(shape).bfloat16()
+
+
+@given(st.lists(st.tuples(SIZES, st.booleans()), min_size=1, max_size=3), SIZES, SIZES, st.sampled_from([1, 3, 16, 70]))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @torch.no_grad()
-def test_packed_products_are_plain_products_bit_for_bit(o: int, i: int, n: int, has_bias: bool):
-    weight, x, bias = matrix(o, i), matrix(n, i), matrix(o) if has_bias else None
-    assert packing.packed_product(x, weight, bias) is None
-    with packing.packed([weight]):
-        product = packing.packed_product(x, weight, bias)
-        assert product is not None
-        assert torch.equal(product, linear(x, weight, bias))
-        assert torch.ops.mkldnn._nbytes(weight.packed) == packing.packed_bytes(weight)  # pyright: ignore
-    assert packing.packed_product(x, weight, bias) is None
+def test_products_and_weights_keep_every_bit(outs, r: int, i: int, n: int):
+    layers, x, A = [layer_of(o, i, bias=bias) for o, bias in outs], numbers(n, i), torch.randn(r, i)
+    before, plain = [layer.weight.clone() for layer in layers], [layer(x) for layer in layers]
+    tiles = packing.Tiles.of(layers, [A])
+    assert [layer.weight.numel() for layer in layers] == [0] * len(layers)
+    *ys, u = tiles.product(x).split([*(o for o, _ in outs), r], dim=1)
+    assert all(torch.equal(y, expected) for y, expected in zip(ys, plain, strict=True))
+    assert torch.equal(u, linear(x, A.bfloat16()))
+    assert torch.ops.mkldnn._nbytes(tiles.matrix) == 2 * (sum(o for o, _ in outs) + r) * i + packing.filler_bytes(
+        sum(o for o, _ in outs) + r, i
+    )
+    tiles.lay_back()
+    for layer, weight, expected in zip(layers, before, plain, strict=True):
+        assert torch.equal(layer.weight, weight)
+        assert layer.weight.untyped_storage().nbytes() == 2 * weight.numel()
+        assert torch.equal(layer(x), expected)
 
 
-@UNITS
-@torch.no_grad()
-def test_a_block_of_prompts_and_states_that_are_no_neighbours_in_memory():
-    weight = matrix(24, 40)
-    block, strided = matrix(3, 7, 40), matrix(40, 9).T
-    with packing.packed([weight]):
-        assert torch.equal(packing.packed_product(block, weight, None), linear(block, weight))  # pyright: ignore
-        assert torch.equal(packing.packed_product(strided, weight, None), linear(strided, weight))  # pyright: ignore
+def test_if_memory_runs_out_while_laying_out_weights_are_what_they_were(monkeypatch: pytest.MonkeyPatch):
+    layers = [layer_of(8, 6), layer_of(4, 6)]
+    before = [layer.weight.clone() for layer in layers]
+
+    def fail(weight):
+        raise MemoryError
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", fail)
+    with pytest.raises(MemoryError):
+        packing.Tiles.of(layers, [])
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
 
 
-@UNITS
-def test_frozen_linears_and_the_head_use_the_copy_without_gradients_only(monkeypatch):
-    layer, x, seen = nn.Linear(40, 24).bfloat16(), matrix(3, 40), []
-    plain = layer(x)
-    real = packing.packed_product
-
-    def watched(*arguments):
-        seen.append(real(*arguments))
-        return seen[-1]
-
-    monkeypatch.setattr(fused, "packed_product", watched)
-    with packing.packed([layer.weight]):
-        with torch.no_grad():
-            outputs = [
-                fused.frozen_output(layer, x),
-                fused.frozen_output(layer, x[:, None])[:, 0],
-                fused.frozen_product(x, layer.weight, layer.bias),
-            ]
-            assert [output is not None for output in seen] == [True] * 3
-            assert all(torch.equal(output, plain) for output in outputs)
-        seen.clear()
-        assert fused.frozen_output(layer, x).requires_grad
-        assert fused.frozen_product(x, layer.weight, layer.bias).requires_grad
-        assert seen == []
-
-
-@UNITS
-def test_copies_are_gone_after_an_error_also_in_the_middle_of_packing():
-    good, bad = matrix(8, 8), torch.zeros(8, 8, dtype=torch.bfloat16, device="meta")
-    with pytest.raises((NotImplementedError, RuntimeError)), packing.packed([good, bad]):
-        pass
-    assert not hasattr(good, packing.PACKED)
-    with pytest.raises(KeyError), packing.packed([good]):
-        raise KeyError
-    assert not hasattr(good, packing.PACKED)
-
-
-@UNITS
-def test_what_can_be_packed():
-    plain, wide, head = nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4), matrix(9, 4)
-    transposed = Conv1D(4, 4).bfloat16()
-    found = packing.packable([plain, wide, transposed, nn.Identity()], head, "cpu")
-    assert [weight is expected for weight, expected in zip(found, [plain.weight, head], strict=True)] == [True, True]
-    assert packing.packable([plain], head, "cuda") == []
-    assert packing.packable([plain], head.float(), "cpu")[0] is plain.weight
-    assert packing.packable([], head.float(), "cpu") == []
-
-
-def test_nothing_is_packed_without_units(monkeypatch):
+def test_what_can_be_packed(monkeypatch: pytest.MonkeyPatch):
+    assert packing.can_pack(layer_of(4, 4), "cpu")
+    assert not packing.can_pack(layer_of(4, 4).float(), "cpu")
+    assert packing.can_pack(layer_of(4, 4).to("meta"), "cpu")  # a plan asks
+    assert not packing.can_pack(layer_of(4, 4), "cuda")
+    assert not packing.can_pack(Conv1D(4, 4).bfloat16(), "cpu")
     monkeypatch.setattr(device, "has_bfloat16_units", lambda asked: False)  # noqa: ARG005
-    assert not packing.can_pack("cpu", torch.bfloat16)
+    assert not packing.can_pack(layer_of(4, 4), "cpu")
 
 
-@pytest.mark.parametrize(("shape", "elements"), [((64, 32), 2048), ((1, 1), 2048), ((65, 32), 4096), ((64, 33), 4096)])
-def test_bytes_of_whole_tiles(shape: tuple[int, int], elements: int):
-    assert packing.packed_bytes(torch.zeros(shape, dtype=torch.bfloat16)) == 2 * elements
+# --- LoRA linears -----------------------------------------------------------------------------------------------------
+
+
+def lora_layers(count: int = 3, *, names: tuple[str, ...] = ("below", "actor", "critic"), o: int = 12, i: int = 10):
+    """LoRA linears that share an input, and their switch; adapters are random and of unlike ranks and scales."""
+    switch, shared, generator = AdapterSwitch(), SharedInput(), torch.Generator().manual_seed(0)
+    layers = [LoraLinear(layer_of(o + k, i), switch, shared) for k in range(count)]
+    for layer in layers:
+        for number, name in enumerate(names):
+            layer.add_adapter(name, rank=2 + number, alpha=3.0, dtype=torch.float32, generator=generator)
+            nn.init.normal_(layer.lora_B[name])
+    return layers, switch
+
+
+@torch.no_grad()
+def said(layers, switch: AdapterSwitch, stack: tuple[str, ...], x: torch.Tensor) -> list[torch.Tensor]:
+    """What each says of x."""
+    with switch._use(stack):
+        return [layer(x) for layer in layers]
+
+
+@pytest.mark.parametrize("stack", [(), ("actor",), ("below", "actor")])
+@pytest.mark.parametrize("shape", [(3, 10), (2, 5, 10), (4, 1, 10)])
+def test_lora_linears_say_the_same_in_tiles(stack: tuple[str, ...], shape: tuple[int, ...]):
+    layers, switch = lora_layers()
+    x = numbers(*shape)
+    plain = said(layers, switch, stack, x)
+    before = [parameter.clone() for layer in layers for parameter in layer.parameters()]
+    with in_tiles(layers, stack):
+        assert all(layer.weight.numel() == 0 for layer in layers)
+        assert all(torch.equal(y, expected) for y, expected in zip(said(layers, switch, stack, x), plain, strict=True))
+    after = [parameter for layer in layers for parameter in layer.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(y, expected) for y, expected in zip(said(layers, switch, stack, x), plain, strict=True))
+
+
+def test_nothing_else_can_be_asked_meanwhile():
+    layers, switch = lora_layers()
+    x = numbers(3, 10)
+    with in_tiles(layers, ("actor",)):
+        with pytest.raises(AssertionError, match=r"laid out with the adapters \('actor',\), used with \('critic',\)"):
+            said(layers, switch, ("critic",), x)
+        with pytest.raises(RuntimeError), switch._use(("actor",)):
+            layers[0](x)  # with gradients
+        with pytest.raises(RuntimeError):
+            layers[0].linear(x)
+
+
+def test_linears_that_turn_out_not_to_share_their_input_are_plain_again():
+    layers, switch = lora_layers()
+    inputs = [numbers(3, 10), numbers(3, 10)]
+    plain = [said(layers[k : k + 1], switch, ("actor",), x)[0] for k, x in enumerate(inputs)]
+    layers, switch = lora_layers_like(layers)
+    with in_tiles(layers, ("actor",)), torch.no_grad(), switch._use(("actor",)):
+        found = [layers[k](x) for k, x in enumerate(inputs)]
+    assert all(torch.equal(y, expected) for y, expected in zip(found, plain, strict=True))
+
+
+def lora_layers_like(layers):
+    """The same numbers in layers that were never called."""
+    copies, switch = lora_layers(len(layers))
+    for copy, layer in zip(copies, layers, strict=True):
+        copy.load_state_dict(layer.state_dict())
+    return copies, switch
+
+
+def test_a_weight_that_two_linears_share_stays_plain():
+    (first, *_), switch = lora_layers(1)
+    (second, *_), _ = lora_layers(1)
+    second.linear.weight = first.linear.weight  # pyright: ignore[reportAttributeAccessIssue]
+    with in_tiles([first, second], ("actor",)):
+        assert first.weight.numel() > 0
+        said([first], switch, ("actor",), numbers(2, 10))
+
+
+def test_after_an_error_weights_are_what_they_were():
+    layers, _ = lora_layers()
+    before = [layer.weight.clone() for layer in layers]
+    with pytest.raises(KeyError), in_tiles(layers, ("actor",)):
+        raise KeyError
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+
+
+def test_there_is_never_a_second_copy_of_more_than_what_shares_an_input():
+    layers = [layer for _ in range(5) for layer in lora_layers(1, names=(), o=64, i=64)[0]]
+    gc.collect()
+    count = TensorBytes()
+    count.hold(layer.weight for layer in layers)
+    held = count.live
+    with count, in_tiles(layers, ()):
+        inside = count.live
+    assert (held, inside, count.live) == (5 * 64 * 64 * 2,) * 3
+    assert count.peak == 6 * 64 * 64 * 2

@@ -17,7 +17,6 @@ class MadeUp(Simulation):
 
     def __init__(self, need: Callable[[PassKind, Rows], PassBytes]) -> None:
         self.need = need
-        self.packed_bytes = 700  # pyright: ignore[reportAttributeAccessIssue]
         self.asked: list[tuple[PassKind, Rows, int]] = []
 
     def micro_batch(self, kind: PassKind, rows: Rows, *, checkpointed: int = 0) -> PassBytes:
@@ -90,17 +89,6 @@ def test_rollout_and_scoring_hold_everything_but_gradients():
     assert shown(phases["rollout"]) == HELD | {"cache": 192, "activations": 51}
     # 20 tokens are 2 sequences of 10: 60 bytes.
     assert shown(phases["score"]) == HELD | {"activations": 60}
-
-
-def test_packed_weights_are_there_in_rollouts_alone():
-    made_up = planner()
-    plain, packed = (made_up.ppo(ROLES["hydra-ppo"], replace(cuts(), packs_weights=packs)) for packs in (False, True))
-    assert packed["rollout"] == plain["rollout"] | {"weights": HELD["weights"] + 700}
-    assert [packed[phase] for phase in ("score", "update")] == [plain[phase] for phase in ("score", "update")]
-    assert made_up.can_pack(ROLES["hydra-ppo"])
-    assert not made_up.can_pack(ROLES["ppo"])  # its actor's linears are called as the modules they are
-    made_up.simulation.packed_bytes = 0  # pyright: ignore[reportAttributeAccessIssue]
-    assert not made_up.can_pack(ROLES["hydra-ppo"])
 
 
 def test_scoring_needs_what_its_worst_pass_needs():

@@ -164,15 +164,7 @@ def decide(bench: Bench, recipe: Recipe, budget: int) -> Decision:
 
 def is_same_run(row: dict[str, Any], planned: dict[str, Any]) -> bool:
     """Whether a row was cut exactly as another one is planned to be."""
-    keys = (
-        "method",
-        "batch",
-        "micro_batch_tokens",
-        "rollout_rows",
-        "checkpointed_layers",
-        "kept_graphs",
-        "packs_weights",
-    )
+    keys = ("method", "batch", "micro_batch_tokens", "rollout_rows", "checkpointed_layers", "kept_graphs")
     return all(row[key] == planned[key] for key in keys)
 
 

@@ -114,7 +114,9 @@ def measure_model(
         replace(recipe.ppo, num_steps=num_steps + adds_step),
         seed=recipe.seed,
         reward_fn=reward_fn,
-        limits=StageLimits.following(cuts),
+        limits=StageLimits(
+            micro_batch_tokens=cuts.micro_batch_tokens, rollout_rows=cuts.rollout_rows, kept_graphs=cuts.kept_graphs
+        ),
     )
     lines = session.history[:num_steps]
     steps = [seconds_of(line) for line in lines]

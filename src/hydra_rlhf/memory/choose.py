@@ -51,8 +51,6 @@ class Work:
     """Of a sequence."""
     held: int = 0
     """Bytes that are there however it is cut; where they are too many, nothing else has to be tried."""
-    can_pack: bool = False
-    """Sampling is faster with a second copy of the weights."""
     keeps_graphs: bool = False
     """Micro-batches may wait with their graphs for the values of all rows, which saves their second forward."""
     num_decoded: int | None = None
@@ -77,17 +75,10 @@ def choose(work: Work, budget: int) -> tuple[Option | None, list[Option]]:
     ]
     fitting = [option for option in options if option.peak <= budget]
     found = min(fitting, key=lambda option: option.relative_time, default=None)
-    if found is not None:
-        place, found = options.index(found), most_graphs(work, budget, found) if work.keeps_graphs else found
-        options[place] = found = with_packed_weights(work, found) if work.can_pack else found
+    if found is not None and work.keeps_graphs:
+        place, found = options.index(found), most_graphs(work, budget, found)
+        options[place] = found
     return found, options
-
-
-def with_packed_weights(work: Work, option: Option) -> Option:
-    """The option with a second copy of the weights in rollouts, where another phase stays the largest."""
-    cuts = replace(option.cuts, packs_weights=True)
-    phases = work.plan(cuts)
-    return replace(option, cuts=cuts, phases=phases) if peak(phases) <= option.peak else option
 
 
 def most_graphs(work: Work, budget: int, option: Option) -> Option:

@@ -1,7 +1,7 @@
 """From a recipe to the limits of its stages: what `hydra-rlhf plan` prints is what the trainer takes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -51,7 +51,12 @@ class Decision:
 
 def cuts_dict(cuts: Cuts) -> dict[str, int]:
     """The settings of an option."""
-    return asdict(cuts)
+    return {
+        "micro_batch_tokens": cuts.micro_batch_tokens,
+        "rollout_rows": cuts.rollout_rows,
+        "checkpointed_layers": cuts.checkpointed_layers,
+        "kept_graphs": cuts.kept_graphs,
+    }
 
 
 def workload_of(recipe: Recipe) -> Workload:
@@ -128,7 +133,6 @@ def work_of_ppo(planner: Planner, recipe: Recipe, table: RoleTable) -> Work:
         num_sequences=work.num_sequences,
         tokens_each=work.prompt_tokens + work.response_tokens,
         held=total(planner.held_stage2(table)),
-        can_pack=planner.can_pack(table),
         keeps_graphs=ppo.scoring == "auto"
         and ppo.single_pass
         and any(len(roles) > 1 for roles in learning_passes(table).values()),
@@ -151,7 +155,6 @@ def work_of_preference(planner: Planner, recipe: Recipe, table: RoleTable) -> Wo
         tokens_each=2 * (work.prompt_tokens + work.data_response_tokens),
         num_decoded=work.num_held_out,
         held=total(planner.held_stage2(table)),
-        can_pack=planner.can_pack(table),
     )
 
 

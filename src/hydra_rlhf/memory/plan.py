@@ -53,8 +53,6 @@ class Cuts:
     """Layers recomputed in backward."""
     kept_graphs: int = 1
     """Micro-batches of a joined pass whose graphs wait for the values of all rows."""
-    packs_weights: bool = False
-    """Frozen weights are there twice while responses are sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ class Planner:
             key=lambda found: found.peak,
         )
         return {
-            "rollout": self._rollout(table, group, held, cuts),
+            "rollout": self._rollout(table, group, held),
             "score": phase(held, score),
             "update": self._update(table, cuts, held),
         }
@@ -106,17 +104,11 @@ class Planner:
             reading = self.simulation.micro_batch(kind_of(adapter is not None, roles), rows)
             found.append(phase(held | {"gradients": gradients}, reading))
         group = Rows(num=cuts.rollout_rows, prompt=work.prompt_tokens, response=work.response_tokens)
-        return {"preference": max(found, key=total), "rollout": self._rollout(table, group, held, cuts)}
+        return {"preference": max(found, key=total), "rollout": self._rollout(table, group, held)}
 
-    def can_pack(self, table: RoleTable) -> bool:
-        """Whether sampling would be faster with a second copy of the weights."""
-        return table["actor"].adapter is not None and self.simulation.packed_bytes > 0
-
-    def _rollout(self, table: RoleTable, group: Rows, held: dict[str, int], cuts: Cuts) -> dict[str, int]:
+    def _rollout(self, table: RoleTable, group: Rows, held: dict[str, int]) -> dict[str, int]:
         need = self.simulation.rollout(group, adapter=table["actor"].adapter is not None)
         held = held | {"cache": round(need.kept), "adapters": held["adapters"] + round(need.made)}
-        if cuts.packs_weights:
-            held["weights"] += self.simulation.packed_bytes
         return phase(held, replace(need, kept=0.0), less=need.kept)
 
     def _update(self, table: RoleTable, cuts: Cuts, held: dict[str, int]) -> dict[str, int]:

@@ -123,7 +123,7 @@ def largest_sizes(
     stage2 = STAGE2[recipe.method]
     optimizer = getattr(recipe, stage2).optimizer
     planner = planner_of(recipe, config, workload_of(recipe), optimizer=optimizer, corrections=corrections)
-    num_layers, cuts = planner.simulation.num_layers, replace(decision.chosen.cuts, kept_graphs=1, packs_weights=False)
+    num_layers, cuts = planner.simulation.num_layers, replace(decision.chosen.cuts, kept_graphs=1)
     tokens_each = work_of_stage2(planner, recipe, table).tokens_each
     most = max(1, MAX_MICRO_BATCH_TOKENS * 16 // tokens_each)
     work = replace(planner.workload, num_sequences=most, minibatch_size=most, batch_size=most)

@@ -27,8 +27,7 @@ from hydra_rlhf.model.device import pick_device
 from hydra_rlhf.model.draw import DRAW_BYTES
 from hydra_rlhf.model.load import DTYPES, first_line
 from hydra_rlhf.model.logprobs import sweep_bytes
-from hydra_rlhf.model.lora import find_linears
-from hydra_rlhf.model.packing import packable, packed_bytes
+from hydra_rlhf.model.packing import MIN_STEPS
 from hydra_rlhf.model.shapes import layer_period, meta_trunk, whole_trunk
 from hydra_rlhf.model.tiled_logprobs import tile_shape
 from hydra_rlhf.model.trunk import Trunk, text_config
@@ -90,12 +89,6 @@ class Simulation:
         """The model at its full depth, without an adapter; only looked at."""
         return whole_trunk(self.config, self.model)
 
-    @cached_property
-    def packed_bytes(self) -> int:
-        """Of a second copy of what decode steps read, in the layout of the CPU's bfloat16 units; 0 where none helps."""
-        linears = find_linears(self.whole.decoder, self.lora.targets).values()
-        return sum(map(packed_bytes, packable(linears, self.whole.lm_head.weight, self._device_type)))
-
     def micro_batch(self, kind: PassKind, rows: Rows, *, checkpointed: int = 0) -> PassBytes:
         """One micro-batch through trunk and heads, with `checkpointed` of the layers recomputed in backward."""
         key = (kind, rows, checkpointed if kind.learns else 0)
@@ -124,6 +117,7 @@ class Simulation:
         """Prefill, a draw and the last decode step of one row group."""
         need = self.decoding(rows, adapter=adapter)
         cache, peak = need.cache(rows.num, self.num_layers), need.peak(rows.num, self.num_layers)
+        filler = self._filler(adapter=adapter) if rows.response >= MIN_STEPS else 0
         kept = need.kept(rows.num, self.num_layers)  # the cache, and what was made of the adapters
         vocab = len(self.whole.lm_head.weight)
         drawing = kept + min(rows.num, max(1, self.tile_bytes // (DRAW_BYTES * vocab))) * vocab * DRAW_BYTES
@@ -132,8 +126,16 @@ class Simulation:
             kept=cache,
             head=cache + by * (drawing - kept),
             peak=cache + by * (max(peak, drawing) - kept),
-            made=kept - cache,
+            made=kept - cache + filler,
         )
+
+    def _filler(self, *, adapter: bool) -> int:
+        """What the weights of all layers take more while they are laid out for sampling."""
+        trunk = self._trunk(recompute=False)
+        groups = {id(lora_linear.shared): lora_linear.shared for lora_linear in trunk.lora_linears.values()}.values()
+        stack = trunk.switch.stack_with(ADAPTER if adapter else None)
+        found = sum(group.filler_bytes(stack) for group in groups if group.can_pack(self._device_type))
+        return found * self.num_layers // self._depth
 
     def layers(self, kind: PassKind, rows: Rows, *, recompute: bool) -> Need:
         """The layers of a micro-batch alone; all or none of them are recomputed."""

@@ -12,8 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hydra_rlhf.model.packing import packed_product
-
 
 def weight_of(linear: nn.Module) -> Float[Tensor, "o i"]:
     """The weight of any of the three kinds, laid out as [out, in]; a quantised one is unpacked anew."""
@@ -31,9 +29,6 @@ def frozen_output(linear: nn.Module, x: Float[Tensor, "*n i"]) -> Float[Tensor, 
     """W x + b. Without a graph a plain linear is not called as a module, which a decode step would do 200 times."""
     if type(linear) is not nn.Linear or torch.is_grad_enabled():
         return linear(x)
-    output = packed_product(x, linear.weight, linear.bias)
-    if output is not None:
-        return output
     if x.dim() == 3 and x.shape[1] == 1:  # a decode step
         return frozen_product(x.squeeze(1), linear.weight, linear.bias).unsqueeze(1)
     return torch.nn.functional.linear(x, linear.weight, linear.bias)
@@ -46,12 +41,11 @@ def frozen_product(
 
     Reading W once is all that such a product costs, and the usual order reads it slowly. Decoding with a 135M model and
     two cores took 0.79, 0.93 and 0.93 x the time for it at 4, 16 and 64 rows; in bfloat16 1.09, 1.00 and 0.99 x, so
-    there it stays as it is, or a packed copy of W is used.
+    there it stays as it is.
     """
     few = 1 < len(x) <= FEW_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
     if not few or torch.is_grad_enabled():
-        output = None if torch.is_grad_enabled() else packed_product(x, weight, bias)
-        return torch.nn.functional.linear(x, weight, bias) if output is None else output
+        return torch.nn.functional.linear(x, weight, bias)
     output = torch.mm(weight, x.T).T.contiguous()
     return output if bias is None else output.add_(bias)
 

@@ -5,134 +5,19 @@ gives the right gradients whatever is in use by then. Recomputation under activa
 captured stack through `recompute_contexts`. There is no way to switch an adapter on and leave it on.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hydra_rlhf.errors import ConfigError
-from hydra_rlhf.model.fused import LoraProducts, frozen_output, outputs_of, stack_rows
+from hydra_rlhf.model.adapters import AdapterSwitch, SharedInput
+from hydra_rlhf.model.fused import frozen_output
 from hydra_rlhf.model.quantized import QuantizedLinear
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Sibling linears that decoders call on one tensor; a pair of names that is called on two costs a product, no more."""
-
-
-class AdapterSwitch:
-    """Which adapters the LoRA linears of one trunk add when they run forward; shared by all of them."""
-
-    def __init__(self) -> None:
-        self.below: tuple[str, ...] = ()
-        """Adapters that stage 1 left on a base it could not write to: part of "LoRA off", under every other."""
-        self.stack: tuple[str, ...] = ()
-        """The adapters in use now; empty outside `use`."""
-        self._made: dict[Hashable, tuple[Tensor, ...]] | None = None
-        self.waiting: set[SharedInput] = set()
-        """Shared inputs that some of their linears have not asked for yet."""
-
-    @contextmanager
-    def fixed(self) -> Iterator[None]:
-        """Inside the block no adapter changes: what passes make of them, stacked and in their dtype, is made once."""
-        before, self._made = self._made, {}
-        try:
-            yield
-        finally:
-            self._made = before
-
-    def made(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `make` gives; inside `fixed`, for each key, what it gave the first time. Not to be differentiated."""
-        if self._made is None:
-            return make()
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
-
-    @property
-    def made_bytes(self) -> int:
-        """Bytes of what waits inside `fixed`, parameters that are used as they are left out."""
-        made = (tensor for tensors in (self._made or {}).values() for tensor in tensors)
-        return sum(tensor.nbytes for tensor in made if not isinstance(tensor, nn.Parameter))
-
-    @contextmanager
-    def use(self, adapter: str | None) -> Iterator[None]:
-        """Put `adapter` (None = LoRA off) on the stack inside the block; restored on exit, error or not."""
-        with self._use((*self.below, adapter) if adapter is not None and adapter not in self.below else self.below):
-            yield
-
-    @contextmanager
-    def _use(self, stack: tuple[str, ...]) -> Iterator[None]:
-        before, self.stack = self.stack, stack
-        try:
-            yield
-        finally:
-            self.stack = before
-            for shared in tuple(self.waiting):  # a recomputation that stopped early, or an error
-                shared.forget(self)
-
-    def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """`context_fn` of `torch.utils.checkpoint`: recompute with the adapters that are in use now, in forward."""
-        return nullcontext(), self._use(self.stack)
-
-
-class SharedInput:
-    """LoRA linears that read one input (q, k, v; gate, up): they run together, and the input is kept once.
-
-    The first one that is called runs all; the others' outputs wait for their calls. Where one is called with another
-    input while outputs wait, the linears share no input after all, and each is on its own from then on.
-    """
-
-    def __init__(self) -> None:
-        self.members: list[LoraLinear] = []
-        self._outputs: dict[int, Tensor] = {}
-        self._x: Tensor | None = None
-        self._stack: tuple[str, ...] = ()
-
-    def output(self, member: "LoraLinear", x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        """What one member says of x, with the adapters in use."""
-        switch = member.switch
-        waits = self._x is x and self._stack == switch.stack and id(member) in self._outputs
-        if not waits and self._outputs:
-            self.forget(switch)
-            self.members.remove(member)
-            member.shared = SharedInput()
-            member.shared.members.append(member)
-            return member.shared.output(member, x)
-        if not waits:
-            outputs = self._run(switch, x)
-            if len(outputs) == 1:
-                return outputs[0]
-            self._outputs = {id(m): y for m, y in zip(self.members, outputs, strict=True)}
-            self._x, self._stack = x, switch.stack
-            switch.waiting.add(self)
-        output = self._outputs.pop(id(member))
-        if not self._outputs:
-            self.forget(switch)
-        return output
-
-    def _run(self, switch: AdapterSwitch, x: Float[Tensor, "*n i"]) -> tuple[Float[Tensor, "*n o"], ...]:
-        """The outputs of all members."""
-        stack, first = switch.stack, self.members[0]
-        linears = [member.linear for member in self.members]
-        scales = [first.scale[name] for name in stack]
-        if torch.is_grad_enabled():
-            As = [member.lora_A[name] for member in self.members for name in stack]
-            Bs = [member.lora_B[name] for member in self.members for name in stack]
-            return LoraProducts.apply(x, linears, scales, *As, *Bs)
-        A, *Bs = switch.made((id(self), stack, x.dtype), lambda: self._made(stack, x.dtype))
-        ranks = [first.rank[name] for name in stack] * len(self.members)
-        return outputs_of(x, torch.nn.functional.linear(x, A), linears, scales, ranks, Bs)
-
-    def _made(self, stack: tuple[str, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """All A as one, and the B, in the dtype that computes."""
-        As = [member.lora_A[name] for member in self.members for name in stack]
-        return stack_rows(As, dtype), *(member.lora_B[name].to(dtype) for member in self.members for name in stack)
-
-    def forget(self, switch: AdapterSwitch) -> None:
-        """Let go of the input and of the outputs that wait."""
-        self._x, self._outputs = None, {}
-        switch.waiting.discard(self)
 
 
 class LoraLinear(nn.Module):
@@ -186,7 +71,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """[*n, in_features] -> [*n, out_features] with the adapters in use now."""
-        return self.shared.output(self, x) if self.switch.stack else frozen_output(self.linear, x)
+        together = self.switch.stack or self.shared.tiles is not None
+        return self.shared.output(self, x) if together else frozen_output(self.linear, x)
 
     def extra_repr(self) -> str:
         """The adapters' names, for `print(model)`."""

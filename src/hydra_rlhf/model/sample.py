@@ -8,10 +8,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hydra_rlhf.config import SamplingConfig
+from hydra_rlhf.model.adapters import in_tiles
 from hydra_rlhf.model.generate import generate
 from hydra_rlhf.model.generate_batch import generate_batch
 from hydra_rlhf.model.graphs import decode_in_graphs
-from hydra_rlhf.model.packing import packable, packed
+from hydra_rlhf.model.packing import MIN_STEPS
 from hydra_rlhf.model.sampling import SampledTokens, Sampling
 from hydra_rlhf.model.slots import decode
 from hydra_rlhf.model.trunk import Trunk
@@ -52,13 +53,9 @@ def sample_tokens(
     return sampling.result()
 
 
-def finish(sampling: Sampling, num_rows: int, *, packs_weights: bool = False) -> None:
-    """Finish all rows that are not finished with the engine of the settings, at most `num_rows` at a time.
-
-    With `packs_weights` the frozen weights are there twice meanwhile, where that makes products faster.
-    """
+def finish(sampling: Sampling, num_rows: int) -> None:
+    """Finish all rows that are not finished with the engine of the settings, at most `num_rows` at a time."""
     trunk = sampling.trunk
-    linears = [lora_linear.linear for lora_linear in trunk.lora_linears.values()]
-    weights = packable(linears, trunk.lm_head.weight, trunk.device.type) if packs_weights else ()
-    with trunk.switch.fixed(), packed(weights):
+    linears = trunk.lora_linears.values() if sampling.limit >= MIN_STEPS else ()
+    with trunk.switch.fixed(), in_tiles(linears, trunk.switch.stack_with(sampling.adapter)):
         ENGINES[sampling.config.engine](sampling, num_rows)

@@ -59,8 +59,7 @@ def verdict(plan: Mapping[str, Any]) -> str:
             return f"As it is set {name} does not fit {budget}: {need} at the least; {row['remedy']}."
         graphs = f", {cuts['kept_graphs']} graphs kept until all values are known" if cuts["kept_graphs"] > 1 else ""
         layers = layers_text(cuts["checkpointed_layers"], plan)
-        packed = ", weights laid out a second time for rollouts" if cuts["packs_weights"] else ""
-        return f"{name} fits {budget}: {need}; stage 2 in {settings}, {layers}{graphs}{packed}."
+        return f"{name} fits {budget}: {need}; stage 2 in {settings}, {layers}{graphs}."
     fitting = [name for name, row in plan["methods"].items() if row["fits"]]
     if not fitting:
         return f"As it is set none of {len(plan['methods'])} methods fits {budget}. {best_remedy(plan)}".strip()

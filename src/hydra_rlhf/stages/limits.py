@@ -17,7 +17,6 @@ import torch
 
 from hydra_rlhf.config import OptimizerConfig, PPOConfig, PreferenceConfig
 from hydra_rlhf.errors import OutOfMemoryError
-from hydra_rlhf.memory.plan import Cuts
 from hydra_rlhf.records import TokenBatch
 
 DEFAULT_MICRO_BATCH_TOKENS = 8192
@@ -45,8 +44,6 @@ class StageLimits:
     """Responses decoded together; None = the whole batch."""
     kept_graphs: int = 1
     """Micro-batches of a joined pass whose graphs wait for the values of all rows."""
-    packs_weights: bool = False
-    """Frozen weights are there twice while responses are sampled (model/packing.py)."""
     num_retries: int = 0
     """Times memory ran out and a limit was halved."""
 
@@ -61,16 +58,6 @@ class StageLimits:
             rows = config.num_eval_prompts
         return cls(micro_batch_tokens=config.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS, rollout_rows=rows)
 
-    @classmethod
-    def following(cls, cuts: Cuts) -> "StageLimits":
-        """The limits that a memory plan chose."""
-        return cls(
-            micro_batch_tokens=cuts.micro_batch_tokens,
-            rollout_rows=cuts.rollout_rows,
-            kept_graphs=cuts.kept_graphs,
-            packs_weights=cuts.packs_weights,
-        )
-
     def at_most(self, other: "StageLimits") -> "StageLimits":
         """These limits where they are the smaller ones, else the other's: what a run that is taken up may hold."""
         rows = [rows for rows in (self.rollout_rows, other.rollout_rows) if rows is not None]
@@ -79,7 +66,6 @@ class StageLimits:
             micro_batch_tokens=min(self.micro_batch_tokens, other.micro_batch_tokens),
             rollout_rows=min(rows, default=None),
             kept_graphs=min(self.kept_graphs, other.kept_graphs),
-            packs_weights=self.packs_weights and other.packs_weights,
         )
 
     def halve_micro_batch(self, num_items: int, num_tokens: int, reason: str) -> None:
@@ -101,13 +87,8 @@ class StageLimits:
         self.kept_graphs = num_kept // 2
         self.num_retries += 1
 
-    def sample_in_less(self, num_rows: int, reason: str) -> None:
-        """Sample without packed weights, and if that was so decode half as many rows together as the `num_rows` that
-        failed. Raises `OutOfMemoryError` for one row."""
-        if self.packs_weights:
-            self.packs_weights = False
-            self.num_retries += 1
-            return
+    def halve_rollout_rows(self, num_rows: int, reason: str) -> None:
+        """Decode half as many rows together as the `num_rows` that failed. Raises `OutOfMemoryError` for one row."""
         if num_rows == 1:
             raise OutOfMemoryError(
                 "memory ran out while a single response was sampled; lower ppo.sampling.max_response_tokens and "
@@ -222,7 +203,7 @@ def look_then_learn(
 def finish_rows(limits: StageLimits, num_rows: int, work: Callable[[int], None]) -> None:
     """`work(rows)` until it succeeds, on at most `limits.rollout_rows` of `num_rows` rows at a time.
 
-    Where memory runs out a limit is lowered and `work` called again; what it had finished by then stays finished.
+    Where memory runs out the limit is halved and `work` called again; what it had finished by then stays finished.
     """
     while True:
         size = min(limits.rollout_rows or num_rows, num_rows)
@@ -231,7 +212,7 @@ def finish_rows(limits: StageLimits, num_rows: int, work: Callable[[int], None])
             return
         gc.collect()
         release()
-        limits.sample_in_less(size, result.reason)
+        limits.halve_rollout_rows(size, result.reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,5 +91,5 @@ def run_one_step(model: HydraModel, recipe: Recipe, cuts: Cuts, memory: PhaseMem
         num_logged_samples=0,
     )
     chat = chat_format(DataConfig(chat_template="none"), model.tokenizer, [], eos_id=model.eos_id)
-    limits = StageLimits.following(cuts)
+    limits = StageLimits(micro_batch_tokens=cuts.micro_batch_tokens, rollout_rows=cuts.rollout_rows)
     train_ppo_stage(Session(memory=memory), model, chat, prompts, ppo, seed=0, limits=limits)

@@ -107,7 +107,7 @@ def sample_responses(
         after_token=after_token,
         tile_bytes=model.logit_tile_bytes,
     )
-    finish_rows(limits, len(keys), lambda rows: finish(job, rows, packs_weights=limits.packs_weights))
+    finish_rows(limits, len(keys), partial(finish, job))
     sampled = job.result()
     rows = zip(sampled.tokens.cpu(), sampled.mask.cpu(), strict=True)
     batch = TokenBatch(

@@ -84,7 +84,7 @@ def settle(recipe: Recipe, model: HydraModel, stage: str, work: Workload, run: R
     if cuts.checkpointed_layers:
         model.enable_checkpointing(cuts.checkpointed_layers, offload=offload)
     rows = cuts.rollout_rows if decodes(stage) else None
-    return replace(StageLimits.following(cuts), rollout_rows=rows)
+    return StageLimits(micro_batch_tokens=cuts.micro_batch_tokens, rollout_rows=rows, kept_graphs=cuts.kept_graphs)
 
 
 def decodes(stage: str) -> bool:

@@ -67,14 +67,6 @@ CHANGES = {
         ("given layers ignored", "if work.given.checkpointed_layers is None else", "if True else"),
         ("just enough is not enough", "peak(work.plan(cuts)) <= budget", "peak(work.plan(cuts)) < budget"),
     ],
-    "with_packed_weights": [
-        ("always", "if peak(phases) <= option.peak else option", "if True else option"),
-        ("only where it costs nothing", "if peak(phases) <= option.peak", "if peak(phases) < option.peak"),
-        ("not packed", "cuts = replace(option.cuts, packs_weights=True)", "cuts = option.cuts"),
-        ("cuts kept", "cuts=cuts, phases=phases) if peak", "phases=phases) if peak"),
-        ("phases kept", "cuts=cuts, phases=phases) if peak", "cuts=cuts) if peak"),
-        ("where nothing can be packed", "if work.can_pack else found", "if True else found"),
-    ],
     "relative_time": [
         ("recomputing costs nothing", TIME, "1.0 + CALL_TOKENS / tokens"),
         ("recomputing costs a backward", TIME, TIME.replace(" / FORWARD_BACKWARD", "")),

@@ -59,16 +59,16 @@ CHANGES = {
             "min(limits.rollout_rows or num_rows, num_rows)",
             "limits.rollout_rows or num_rows",
         ),
-        ("given up", "        limits.sample_in_less(size, result.reason)\n", "        return\n"),
+        ("given up", "        limits.halve_rollout_rows(size, result.reason)\n", "        return\n"),
         (
             "limit kept",
-            "limits.sample_in_less(size, result.reason)",
-            "limits.sample_in_less(2 * size, result.reason)",
+            "limits.halve_rollout_rows(size, result.reason)",
+            "limits.halve_rollout_rows(2 * size, result.reason)",
         ),
         (
             "half of all",
-            "limits.sample_in_less(size, result.reason)",
-            "limits.sample_in_less(num_rows, result.reason)",
+            "limits.halve_rollout_rows(size, result.reason)",
+            "limits.halve_rollout_rows(num_rows, result.reason)",
         ),
     ],
     "attempt": [
