@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rows")
     args = parser.parse_args()
     means: list[int | None] = [None, 4] if args.quick else [None, 64, 32, 16]
-    hidden, layers, batch, response = (64, 2, 4, 8) if args.quick else (512, 8, 64, 128)
+    hidden, layers, batch, response = (64, 2, 4, 8) if args.quick else (512, 8, 128, 128)
     with tempfile.TemporaryDirectory(prefix="unequal-") as folder, only_the_last_line():
         path = llama_folder(Path(folder) / "model", hidden=hidden, layers=layers, vocab=VOCAB)
         iterations = 2 if args.quick else 4

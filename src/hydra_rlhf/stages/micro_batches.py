@@ -10,7 +10,7 @@ from torch import Tensor
 from hydra_rlhf.memory.choose import CALL_TOKENS
 from hydra_rlhf.records import TokenBatch
 
-CPU_CALL_TOKENS = 64
+CPU_CALL_TOKENS = 48
 """`CALL_TOKENS` where no kernel has to be launched: what reading the weights and starting operators costs."""
 
 Size = tuple[int, int]
