@@ -86,3 +86,8 @@ def test_a_run_keeps_its_dtype_on_another_machine(answer, tmp_path: Path, begun_
     # What is named is named, and another model is another run.
     assert with_settled_dtype(recipe(dtype=suits_here)).model.dtype == suits_here
     assert with_settled_dtype(recipe(path="other/model")).model.dtype == suits_here
+
+
+def test_a_call_costs_more_where_kernels_are_launched():
+    assert device.call_tokens(torch.device("cpu")) == device.CPU_CALL_TOKENS
+    assert device.call_tokens(torch.device("cuda:1")) == device.CALL_TOKENS > device.CPU_CALL_TOKENS

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_rlhf.memory.choose import CALL_TOKENS
+from hydra_rlhf.model.device import CPU_CALL_TOKENS
 from hydra_rlhf.records import TokenBatch
 from hydra_rlhf.stages import micro_batches
 
@@ -143,9 +143,7 @@ def test_micro_batches_hold_each_row_whole_and_nothing_more(sizes, max_tokens):
     batch = batch_of(sizes)
     seen = []
     parts = list(micro_batches.micro_batches(batch, max_tokens))
-    assert [index.tolist() for index, _ in parts] == micro_batches.by_token_budget(
-        sizes, max_tokens, micro_batches.CPU_CALL_TOKENS
-    )
+    assert [index.tolist() for index, _ in parts] == micro_batches.by_token_budget(sizes, max_tokens, CPU_CALL_TOKENS)
     for index, part in parts:
         assert len(index) == 1 or part.tokens.numel() <= max_tokens
         assert part.tokens.numel() == padded(sizes, index.tolist())
@@ -154,11 +152,6 @@ def test_micro_batches_hold_each_row_whole_and_nothing_more(sizes, max_tokens):
         assert torch.equal(part.tokens, torch.where(part.attention_mask, index[:, None] + 1, 0))
         seen += index.tolist()
     assert sorted(seen) == list(range(len(sizes)))
-
-
-def test_a_call_costs_more_where_kernels_are_launched():
-    assert micro_batches.call_tokens(torch.device("cpu")) == micro_batches.CPU_CALL_TOKENS
-    assert micro_batches.call_tokens(torch.device("cuda:1")) == CALL_TOKENS > micro_batches.CPU_CALL_TOKENS
 
 
 def test_equal_sets_of_rows_are_cut_equally():

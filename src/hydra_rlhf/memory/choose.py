@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from hydra_rlhf.memory.plan import Cuts, Phases, peak
+from hydra_rlhf.model.device import CALL_TOKENS
 
 MAX_MICRO_BATCH_TOKENS = 8192
 """Larger forwards are no faster: the products are long past the size that keeps a device busy."""
-CALL_TOKENS = 256
-"""A forward and backward costs as much time as if it had this many tokens more (kernel launches, weights read)."""
 FORWARD_BACKWARD = 3.0
 """Time of forward and backward in forwards, with a frozen base: input gradients cost one forward, LoRA and attention
 most of another."""

@@ -150,7 +150,7 @@ class SharedInput:
         linears = [member.linear for member in self.members if isinstance(member.linear, nn.Linear)]
         As = [member.lora_A[name] for member in self.members for name in stack]
         dtype = linears[0].weight.dtype
-        self._tiles_Bs = tuple(member.lora_B[name].to(dtype) for member in self.members for name in stack)
+        self._tiles_Bs = tuple(member.lora_B[name].detach().to(dtype) for member in self.members for name in stack)
         self._tiles_stack, self.tiles = stack, Tiles.of(linears, [A.detach() for A in As])
 
     def lay_back(self) -> None:
@@ -161,6 +161,7 @@ class SharedInput:
 
     def _run_in_tiles(self, tiles: Tiles, stack: tuple[str, ...], x: Float[Tensor, "*n i"]) -> tuple[Tensor, ...]:
         """As `_run`, in one product, without gradients."""
+        assert not torch.is_grad_enabled(), "weights in tiles have no gradients to give"
         assert stack == self._tiles_stack, f"laid out with the adapters {self._tiles_stack}, used with {stack}"
         first, n = self.members[0], len(stack)
         sizes = [linear.out_features for linear in tiles.linears]

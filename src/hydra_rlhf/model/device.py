@@ -15,6 +15,11 @@ DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch
 SCRATCH = "scratch:"
 """What the path of a model begins with whose weights begin as random numbers."""
 
+CALL_TOKENS = 256
+"""A forward and backward costs as much time as if it had this many tokens more (kernel launches, weights read)."""
+CPU_CALL_TOKENS = 48
+"""The same where no kernel has to be launched (measured: docs/decisions/0025)."""
+
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU."""
@@ -27,6 +32,11 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"model.device={name!r}, but torch sees no CUDA device; use model.device=cpu or auto")
     return device
+
+
+def call_tokens(device: torch.device) -> int:
+    """Tokens that a forward and backward could have more in the time that starting it takes."""
+    return CPU_CALL_TOKENS if device.type == "cpu" else CALL_TOKENS
 
 
 def has_bfloat16_units(device: torch.device) -> bool:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from hydra_rlhf.data.collate import collate_demonstrations, collate_pairs
 from hydra_rlhf.data.formats import TokenizedDemonstration, TokenizedPair
+from hydra_rlhf.model.device import call_tokens
 from hydra_rlhf.records import TokenBatch
 from hydra_rlhf.runtime.randomness import permutation
-from hydra_rlhf.stages.micro_batches import Size, by_token_budget, call_tokens
+from hydra_rlhf.stages.micro_batches import Size, by_token_budget
 
 Example = TokenizedPair | TokenizedDemonstration
 

@@ -7,11 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hydra_rlhf.memory.choose import CALL_TOKENS
+from hydra_rlhf.model.device import call_tokens
 from hydra_rlhf.records import TokenBatch
-
-CPU_CALL_TOKENS = 48
-"""`CALL_TOKENS` where no kernel has to be launched: what reading the weights and starting operators costs."""
 
 Size = tuple[int, int]
 """(prompt tokens, response tokens) of one item. Both are padded, so a group is as wide as both its maxima together."""
@@ -53,11 +50,6 @@ def cheapest_starts(sizes: Sequence[Size], max_tokens: int, call_tokens: int) ->
         end = last_start[end - 1]
         starts.append(end)
     return starts[::-1]
-
-
-def call_tokens(device: torch.device) -> int:
-    """Tokens that a forward and backward could have more in the time that starting it takes."""
-    return CPU_CALL_TOKENS if device.type == "cpu" else CALL_TOKENS
 
 
 def select_rows(batch: TokenBatch, rows: Int[Tensor, " n"]) -> TokenBatch:

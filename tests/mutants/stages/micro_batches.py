@@ -34,21 +34,6 @@ CHANGES = {
         ("unlike groups", COST, COST.replace("max(largest, tokens)", "-max(largest, tokens)")),
         ("a cut at every row", "end = last_start[end - 1]", "end = min(end - 1, last_start[end - 1] + 1)"),
     ],
-    "call_tokens": [
-        (
-            "launches cost nothing",
-            'return CPU_CALL_TOKENS if device.type == "cpu" else CALL_TOKENS',
-            "return CPU_CALL_TOKENS",
-        ),
-        (
-            "the CPU launches kernels",
-            'return CPU_CALL_TOKENS if device.type == "cpu" else CALL_TOKENS',
-            "return CALL_TOKENS",
-        ),
-        ("the wrong way round", 'if device.type == "cpu"', 'if device.type != "cpu"'),
-        ("a device with a number is none", 'if device.type == "cpu"', 'if str(device) != "cuda"'),
-        ("free", "return CPU_CALL_TOKENS if", "return 0 if"),
-    ],
     "micro_batches": [
         ("order of the rows matters", "else sorted(rows)", "else list(rows)"),
         ("responses do not count", "responses = batch.response_mask.sum", "responses = batch.response_mask[:, :1].sum"),
