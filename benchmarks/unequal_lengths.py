@@ -76,16 +76,31 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rows")
     args = parser.parse_args()
     means: list[int | None] = [None, 4] if args.quick else [None, 64, 32, 16]
-    hidden, layers, batch, response = (64, 2, 4, 8) if args.quick else (512, 8, 128, 128)
+    hidden, layers, batch, response = (64, 2, 4, 8) if args.quick else (512, 8, 256, 128)
+    full_batch = max(2, batch // 8)  # full rows are all alike: fewer say the same
     with tempfile.TemporaryDirectory(prefix="unequal-") as folder, only_the_last_line():
         path = llama_folder(Path(folder) / "model", hidden=hidden, layers=layers, vocab=VOCAB)
-        iterations = 2 if args.quick else 4
+        iterations = 2 if args.quick else 3
         rows = [
-            measure(path, batch=batch, response=response, mean_length=mean, iterations=iterations) for mean in means
+            measure(
+                path,
+                batch=batch if mean else full_batch,
+                response=response,
+                mean_length=mean,
+                iterations=iterations,
+            )
+            for mean in means
         ]
     full = rows[0]["learn_s_per_token"]
     rows = [row | {"per_token_ratio": row["learn_s_per_token"] / full} for row in rows]
-    settings = {"hidden": hidden, "layers": layers, "vocab": VOCAB, "batch": batch, "response": response}
+    settings = {
+        "hidden": hidden,
+        "layers": layers,
+        "vocab": VOCAB,
+        "batch": batch,
+        "response": response,
+        "full_batch": full_batch,
+    }
     print(json.dumps({"settings": settings | {"prompt": PROMPT_TOKENS}, "rows": rows}))
 
 
